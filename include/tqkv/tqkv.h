@@ -297,7 +297,8 @@ typedef struct tq_encode_args {
   int32_t input_type;
   int32_t reserved;
   int64_t input_stride;
-  void *codes;                /* [count, code_bytes]: the packed codes, in the byte order of "Token record" below */
+  void *codes;                /* [count, code_bytes]: the packed codes, in the byte order of "Token record" below;
+                                 pointer and stride multiples of 2 where raw */
   int64_t codes_stride_bytes; /* 0: code_bytes. CUDA is fast when codes and stride are multiples of 16 */
   void *scales;               /* [count] of scale_type, aligned to it; must be NULL where raw */
   int64_t scales_stride_bytes;
@@ -504,7 +505,7 @@ typedef struct tq_attention_args {
   const int32_t *block_indices; /* CSR: [num_block_indices] */
   int64_t num_block_indices;
   const int32_t *lengths; /* [num_seqs], the call's own tokens included */
-  const int32_t *starts;  /* optional [num_seqs]: first visible key (left padding) */
+  const int32_t *starts;  /* optional [num_seqs]: first visible key (left padding); below zero counts as zero */
 
   const tq_pages *exact_pages; /* optional: key j is read raw iff exact_table[s][j / exact_block_size] >= 0 and
                                   (j - starts[s] < exact_first_tokens or j > P - exact_recent_tokens),
@@ -595,7 +596,8 @@ typedef struct tq_plan_result {
   int64_t max_batch;                  /* at context_tokens, within memory_bytes */
 } tq_plan_result;
 
-/* Errors: PARSE (malformed or missing fields, naming them), NOT_SUPPORTED (MLA, by name), INVALID_ARGUMENT.
+/* Errors: PARSE (malformed or missing fields, naming them), NOT_SUPPORTED (MLA, by name), INVALID_ARGUMENT (context,
+ * batch and exact tokens are at most 2^31 - 1, and so are the maxima in the result), OVERFLOW.
  * `json` (optional) receives the result as a JSON object, terminated; json_capacity bytes are available;
  * `*json_bytes` (optional) is set to what it takes, the terminator included, also when that is too much, in which case
  * nothing is written to json and the call fails with INVALID_ARGUMENT. */

@@ -59,7 +59,7 @@ void set_rotation(const tq_side_config &config, uint64_t seed, Side &side) {
 [[nodiscard]] tq_status set_codebook(const tq_side_config &config, const char *name, Side &side) {
   const int bits = side.bits;
   if (bits == 8) {
-    side.level_unit = 0x1p-6f;
+    side.level_unit = 0x1p-4f;  // the largest of 576 coordinates is about 3.5 times their root mean square
   } else {
     const int dim = side.codebook == TQ_CODEBOOK_GAUSSIAN ? 0 : side.head_dim;
     if (side.codebook == TQ_CODEBOOK_CUSTOM) {
