@@ -1,0 +1,725 @@
+// SPDX-License-Identifier: Apache-2.0
+// The SIMD targets of the scalar codec, one translation unit each (cpu_avx2.cpp, ...), compiled for its processors.
+// cpu_scalar.cpp is the definition: a lane holds a vector, so that every sum is added in the order given there and all
+// targets give the same bits. Lanes past the last row repeat it.
+//
+// Everything here has internal linkage, and nothing may instantiate functions that other translation units could share:
+// the linker keeps one copy for all, perhaps the one that this machine cannot run.
+#define HWY_IS_DEBUG_BUILD 0  // Highway's assertions would need its library
+#include <hwy/highway.h>
+
+#include <cfloat>
+#include <cstring>
+
+#include "codec/cpu.hpp"
+#include "codec/half.hpp"
+#include "codec/quantize.hpp"
+
+#if defined(__clang__)
+#define TQKV_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define TQKV_UNROLL _Pragma("GCC unroll 64")
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace tqkv {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+constexpr hn::ScalableTag<float> kF;
+constexpr hn::ScalableTag<int32_t> kI;
+constexpr hn::ScalableTag<uint32_t> kU;
+constexpr hn::Rebind<uint16_t, hn::ScalableTag<float>> kU16;
+constexpr hn::Rebind<hwy::float16_t, hn::ScalableTag<float>> kF16;
+using F = hn::Vec<decltype(kF)>;
+using U = hn::Vec<decltype(kU)>;
+
+constexpr int kLanes = int(hn::MaxLanes(kF));
+constexpr int kChunk = 16;  // channels; every head_dim is a multiple
+static_assert(kLanes <= kGroup && kLanes <= kChunk && kChunk % kLanes == 0);
+
+// A value of each lane's vector for each channel, [head_dim, kLanes].
+struct alignas(64) Channels {
+  float of[kMaxHeadDim * kLanes];
+};
+constexpr int kMaxWords = kMaxHeadDim / 4;
+struct alignas(64) Words {
+  uint32_t of[(kMaxWords + kLanes - 1) / kLanes * kLanes * kLanes];
+};
+
+HWY_INLINE F bits_to_float(U v) {
+  return hn::BitCast(kF, v);
+}
+HWY_INLINE U float_to_bits(F v) {
+  return hn::BitCast(kU, v);
+}
+
+HWY_INLINE U shifted_left(U v, int count) {  // right where negative
+  return count >= 0 ? hn::ShiftLeftSame(v, count) : hn::ShiftRightSame(v, -count);
+}
+
+// 8 floats to look up: `count` of them, a power of two, repeated.
+class Table {
+ public:
+  Table(const float *entries, int count) {
+    alignas(64) float repeated[16];
+    for (int i = 0; i < 16; ++i) repeated[i] = entries[i & (count - 1)];
+    low_ = hn::Load(kF, repeated);
+    high_ = hn::Load(kF, repeated + kHigh);
+  }
+  HWY_INLINE F operator[](U index) const {  // below 8
+    if constexpr (kHigh == 0) return hn::TableLookupLanes(low_, hn::IndicesFromVec(kF, hn::BitCast(kI, index)));
+    const auto lane = hn::IndicesFromVec(kF, hn::BitCast(kI, hn::And(index, hn::Set(kU, 3))));
+    const auto is_high = hn::RebindMask(kF, hn::TestBit(index, hn::Set(kU, 4)));
+    return hn::IfThenElse(is_high, hn::TableLookupLanes(high_, lane), hn::TableLookupLanes(low_, lane));
+  }
+
+ private:
+  static constexpr int kHigh = kLanes < 8 ? 4 : 0;  // where a vector does not hold all 8, the rest
+  F low_, high_;
+};
+
+// -------------------------------------------------------------------------------------------------- transposition --
+
+// x[i] lane j <-> x[j] lane i.
+HWY_INLINE void transpose(F *x) {
+  constexpr hn::Repartition<double, decltype(kF)> kPairs;
+  // Inside blocks of 4 by 4: afterwards block b of x[4 q + k] has rows 4 q .. 4 q + 3 of column 4 b + k.
+  TQKV_UNROLL for (int q = 0; q < kLanes; q += 4) {
+    const auto ab_low = hn::BitCast(kPairs, hn::InterleaveLower(kF, x[q], x[q + 1]));
+    const auto ab_high = hn::BitCast(kPairs, hn::InterleaveUpper(kF, x[q], x[q + 1]));
+    const auto cd_low = hn::BitCast(kPairs, hn::InterleaveLower(kF, x[q + 2], x[q + 3]));
+    const auto cd_high = hn::BitCast(kPairs, hn::InterleaveUpper(kF, x[q + 2], x[q + 3]));
+    x[q] = hn::BitCast(kF, hn::InterleaveLower(kPairs, ab_low, cd_low));
+    x[q + 1] = hn::BitCast(kF, hn::InterleaveUpper(kPairs, ab_low, cd_low));
+    x[q + 2] = hn::BitCast(kF, hn::InterleaveLower(kPairs, ab_high, cd_high));
+    x[q + 3] = hn::BitCast(kF, hn::InterleaveUpper(kPairs, ab_high, cd_high));
+  }
+#if HWY_MAX_BYTES == 32
+  TQKV_UNROLL for (int k = 0; k < 4; ++k) {
+    const F a = x[k], b = x[4 + k];
+    x[k] = hn::ConcatLowerLower(kF, b, a);
+    x[4 + k] = hn::ConcatUpperUpper(kF, b, a);
+  }
+#elif HWY_MAX_BYTES == 64
+  TQKV_UNROLL for (int k = 0; k < 4; ++k) {
+    const F ac_low = hn::ConcatLowerLower(kF, x[8 + k], x[k]);
+    const F ac_high = hn::ConcatUpperUpper(kF, x[8 + k], x[k]);
+    const F bd_low = hn::ConcatLowerLower(kF, x[12 + k], x[4 + k]);
+    const F bd_high = hn::ConcatUpperUpper(kF, x[12 + k], x[4 + k]);
+    x[k] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(bd_low), ac_low);
+    x[4 + k] = hn::OddEvenBlocks(bd_low, hn::SwapAdjacentBlocks(ac_low));
+    x[8 + k] = hn::OddEvenBlocks(hn::SwapAdjacentBlocks(bd_high), ac_high);
+    x[12 + k] = hn::OddEvenBlocks(bd_high, hn::SwapAdjacentBlocks(ac_high));
+  }
+#endif
+}
+
+// Words of the records of n vectors, [n, bytes], one vector a lane. A half word that ends a record is widened by zeros.
+void load_words(const uint8_t *records, int n, int bytes, Words &words) {
+  constexpr int kBlockBytes = 4 * kLanes;
+  for (int begin = 0; begin < bytes; begin += kBlockBytes) {
+    F x[kLanes];
+    if (begin + kBlockBytes <= bytes) {
+      TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
+        const uint8_t *record = records + (i < n ? i : n - 1) * bytes + begin;
+        x[i] = hn::LoadU(kF, reinterpret_cast<const float *>(record));
+      }
+    } else {
+      alignas(64) uint8_t rest[kLanes][kBlockBytes] = {};
+      for (int i = 0; i < kLanes; ++i) {
+        std::memcpy(rest[i], records + (i < n ? i : n - 1) * bytes + begin, size_t(bytes - begin));
+      }
+      TQKV_UNROLL for (int i = 0; i < kLanes; ++i) x[i] = hn::Load(kF, reinterpret_cast<const float *>(rest[i]));
+    }
+    transpose(x);
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
+      hn::Store(float_to_bits(x[i]), kU, words.of + (begin / 4 + i) * kLanes);
+    }
+  }
+}
+
+// The reverse.
+void store_words(const Words &words, int n, int bytes, uint8_t *records) {
+  constexpr int kBlockBytes = 4 * kLanes;
+  for (int begin = 0; begin < bytes; begin += kBlockBytes) {
+    F x[kLanes];
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
+      x[i] = bits_to_float(hn::Load(kU, words.of + (begin / 4 + i) * kLanes));
+    }
+    transpose(x);
+    alignas(64) uint8_t rows[kLanes][kBlockBytes];
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) hn::Store(x[i], kF, reinterpret_cast<float *>(rows[i]));
+    const int rest = bytes - begin < kBlockBytes ? bytes - begin : kBlockBytes;
+    for (int i = 0; i < n; ++i) std::memcpy(records + i * bytes + begin, rows[i], size_t(rest));
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- rotation --
+
+// Butterflies at strides 1, 2, 4, .. kRadix / 2.
+template <int kRadix>
+HWY_INLINE void butterflies(F *x) {
+  TQKV_UNROLL for (int stride = 1; stride < kRadix; stride *= 2) {
+    TQKV_UNROLL for (int k = 0; k < kRadix / 2; ++k) {
+      const int i = k / stride * 2 * stride + k % stride;
+      const F a = x[i], b = x[i + stride];
+      x[i] = hn::Add(a, b);
+      x[i + stride] = hn::Sub(a, b);
+    }
+  }
+}
+
+// The stages at strides stride, 2 stride, .. kRadix / 2 stride, in one pass over memory.
+template <int kRadix>
+void butterfly_pass(int head_dim, int stride, float *x) {
+  const int step = stride * kLanes;
+  for (int i = 0; i < head_dim * kLanes; i += kRadix * step) {
+    for (int j = i; j < i + step; j += kLanes) {
+      F v[kRadix];
+      TQKV_UNROLL for (int k = 0; k < kRadix; ++k) v[k] = hn::Load(kF, x + j + k * step);
+      butterflies<kRadix>(v);
+      TQKV_UNROLL for (int k = 0; k < kRadix; ++k) hn::Store(v[k], kF, x + j + k * step);
+    }
+  }
+}
+
+// All stages from `stride` on, in as few passes as the registers allow.
+void butterfly_passes(int head_dim, int stride, float *x) {
+  constexpr int kMostStages = kLanes == 16 ? 4 : 3;
+  int stages = 0;
+  while (stride << stages < head_dim) ++stages;
+  while (stages > 0) {
+    const int passes = (stages + kMostStages - 1) / kMostStages, now = (stages + passes - 1) / passes;
+    if (now == 1) butterfly_pass<2>(head_dim, stride, x);
+    if (now == 2) butterfly_pass<4>(head_dim, stride, x);
+    if (now == 3) butterfly_pass<8>(head_dim, stride, x);
+    if (now == 4) butterfly_pass<16>(head_dim, stride, x);
+    stages -= now;
+    stride <<= now;
+  }
+}
+
+// H_base, or its transpose, for each run of `base` channels. Rows of H_base add one of four sums of each pair of
+// adjacent channels, which are formed once: a + b, b - a, a - b and -a - b, exactly what adding negated terms gives, zeros'
+// signs included.
+void apply_base(const Side &side, bool transposed, float *x) {
+  constexpr int kMaxBase = 36;
+  const int base = side.base, pairs = base / 2;
+  const int8_t *h = &side.base_matrix[0];
+  uint16_t choices[kMaxBase][kMaxBase / 2];  // offsets into `sums`
+  for (int i = 0; i < base; ++i) {
+    for (int p = 0; p < pairs; ++p) {
+      const int8_t *first = h + (transposed ? 2 * p * base + i : i * base + 2 * p);
+      const int8_t *second = first + (transposed ? base : 1);
+      choices[i][p] = uint16_t((4 * p + (*first < 0) + 2 * (*second < 0)) * kLanes);
+    }
+  }
+  alignas(64) float sums[kMaxBase / 2 * 4 * kLanes];
+  for (float *block = x; block < x + side.head_dim * kLanes; block += base * kLanes) {
+    for (int p = 0; p < pairs; ++p) {
+      const F a = hn::Load(kF, block + 2 * p * kLanes), b = hn::Load(kF, block + (2 * p + 1) * kLanes);
+      hn::Store(hn::Add(a, b), kF, sums + 4 * p * kLanes);
+      hn::Store(hn::Sub(b, a), kF, sums + (4 * p + 1) * kLanes);
+      hn::Store(hn::Sub(a, b), kF, sums + (4 * p + 2) * kLanes);
+      hn::Store(hn::Sub(hn::Neg(a), b), kF, sums + (4 * p + 3) * kLanes);
+    }
+    for (int i = 0; i < base; ++i) {
+      const uint16_t *choice = choices[i];
+      F sum = hn::Add(hn::Load(kF, sums + choice[0]), hn::Load(kF, sums + choice[1]));
+      for (int p = 2; p < pairs; p += 2) {
+        sum = hn::Add(sum, hn::Add(hn::Load(kF, sums + choice[p]), hn::Load(kF, sums + choice[p + 1])));
+      }
+      hn::Store(sum, kF, block + i * kLanes);
+    }
+  }
+}
+
+void flip_signs(const uint32_t *signs, int head_dim, float *x) {
+  for (int c = 0; c < head_dim; ++c) {
+    const U v = float_to_bits(hn::Load(kF, x + c * kLanes));
+    hn::Store(bits_to_float(hn::Xor(v, hn::Set(kU, signs[c]))), kF, x + c * kLanes);
+  }
+}
+
+void apply_matrix(const Side &side, bool transposed, float *x) {
+  constexpr int kRows = 8;  // sums in flight
+  const int n = side.head_dim;
+  const float *matrix = &side.matrix[0];
+  const ptrdiff_t row = transposed ? 1 : n, column = transposed ? n : 1;
+  Channels y;
+  for (int i = 0; i < n; i += kRows) {
+    F sums[kRows];
+    TQKV_UNROLL for (int k = 0; k < kRows; ++k) sums[k] = hn::Zero(kF);
+    for (int j = 0; j < n; ++j) {
+      const float *entry = matrix + i * row + j * column;
+      const F v = hn::Load(kF, x + j * kLanes);
+      TQKV_UNROLL for (int k = 0; k < kRows; ++k) {
+        sums[k] = hn::Add(sums[k], hn::Mul(hn::Set(kF, entry[k * row]), v));
+      }
+    }
+    TQKV_UNROLL for (int k = 0; k < kRows; ++k) hn::Store(sums[k], kF, y.of + (i + k) * kLanes);
+  }
+  std::memcpy(x, y.of, size_t(n) * kLanes * sizeof(float));
+}
+
+// Whether the first butterflies of a rotation are done while a block of kLanes channels is in registers.
+bool begins_in_registers(const Side &side) {
+  return side.hadamard_rounds > 0 && side.base == 1;
+}
+
+// One Hadamard round without its signs; `begun`: less the butterflies that were done in registers.
+void hadamard(const Side &side, bool transposed, bool begun, float *x) {
+  if (side.base > 1) apply_base(side, transposed, x);
+  butterfly_passes(side.head_dim, begun ? kLanes : side.base, x);
+}
+
+// Rows [n, head_dim] rotated, one a lane.
+void load_rotated(const Side &side, const float *rows, int n, float *x) {
+  const int head_dim = side.head_dim;
+  const bool hadamard_rotation = side.hadamard_rounds > 0, begin = begins_in_registers(side);
+  const uint32_t *signs = hadamard_rotation ? &side.signs[0] : nullptr;
+  for (int c = 0; c < head_dim; c += kLanes) {
+    F block[kLanes];
+    const U flips = signs != nullptr ? hn::LoadU(kU, signs + c) : hn::Zero(kU);
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
+      const U v = float_to_bits(hn::LoadU(kF, rows + (i < n ? i : n - 1) * head_dim + c));
+      block[i] = bits_to_float(hn::Xor(v, flips));
+    }
+    transpose(block);
+    if (begin) butterflies<kLanes>(block);
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) hn::Store(block[i], kF, x + (c + i) * kLanes);
+  }
+  if (!side.matrix.empty()) apply_matrix(side, false, x);
+  for (int round = 0; round < side.hadamard_rounds; ++round) {
+    if (round > 0) flip_signs(signs + round * head_dim, head_dim, x);
+    hadamard(side, false, begin && round == 0, x);
+  }
+}
+
+// Rotates back what decode_levels() left, times gains[n], to rows [n, head_dim].
+void store_rotated_back(const Side &side, float *x, const float *gains, int n, float *rows) {
+  const int head_dim = side.head_dim;
+  if (!side.matrix.empty()) apply_matrix(side, true, x);
+  const uint32_t *signs = side.hadamard_rounds > 0 ? &side.signs[0] : nullptr;
+  for (int round = side.hadamard_rounds - 1; round >= 0; --round) {
+    hadamard(side, true, begins_in_registers(side) && round == side.hadamard_rounds - 1, x);
+    if (round > 0) flip_signs(signs + round * head_dim, head_dim, x);
+  }
+  for (int c = 0; c < head_dim; c += kLanes) {
+    F block[kLanes];
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) block[i] = hn::Load(kF, x + (c + i) * kLanes);
+    transpose(block);
+    const U flips = signs != nullptr ? hn::LoadU(kU, signs + c) : hn::Zero(kU);
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
+      const int row = i < n ? i : n - 1;
+      const F v = bits_to_float(hn::Xor(float_to_bits(block[i]), flips));
+      hn::StoreU(hn::Mul(v, hn::Set(kF, gains[row])), kF, rows + row * head_dim + c);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- sums --
+
+// What ordered_sum() of quantize.hpp gives, from the sums of groups of four channels with which it begins. (Where it
+// adds pairwise from the start, these are its first two levels.) `groups` is overwritten.
+F sum_groups(float *groups, int head_dim) {
+  const int in_block = sum_block(head_dim) == 1 ? 1 : sum_block(head_dim) / 4;
+  int count = head_dim / 4 / in_block;
+  for (int b = 0; in_block > 1 && b < count; ++b) {
+    const float *group = groups + b * in_block * kLanes;
+    F sum = hn::Load(kF, group);
+    for (int i = 1; i < in_block; ++i) sum = hn::Add(sum, hn::Load(kF, group + i * kLanes));
+    hn::Store(sum, kF, groups + b * kLanes);
+  }
+  for (; count > 1; count /= 2) {
+    for (int i = 0; i < count; i += 2) {
+      const F sum = hn::Add(hn::Load(kF, groups + i * kLanes), hn::Load(kF, groups + (i + 1) * kLanes));
+      hn::Store(sum, kF, groups + i / 2 * kLanes);
+    }
+  }
+  return hn::Load(kF, groups);
+}
+
+// Sums of the four values in each group of a chunk.
+HWY_INLINE void store_groups(const F *values, float *groups) {
+  TQKV_UNROLL for (int g = 0; g < kChunk / 4; ++g) {
+    const F *v = values + 4 * g;
+    hn::Store(hn::Add(hn::Add(v[0], v[1]), hn::Add(v[2], v[3])), kF, groups + g * kLanes);
+  }
+}
+
+struct alignas(64) Groups {
+  float of[kMaxHeadDim / 4 * kLanes];
+};
+
+F squared_norm(const float *y, int head_dim) {
+  Groups groups;
+  for (int c = 0; c < head_dim; c += kChunk) {
+    F squares[kChunk];
+    TQKV_UNROLL for (int i = 0; i < kChunk; ++i) {
+      const F v = hn::Load(kF, y + (c + i) * kLanes);
+      squares[i] = hn::Mul(v, v);
+    }
+    store_groups(squares, groups.of + c / 4 * kLanes);
+  }
+  return sum_groups(groups.of, head_dim);
+}
+
+// ---------------------------------------------------------------------------------------------------- quantisation --
+
+// The number of thresholds not above |z|, as choose_code() counts it.
+template <int kBits>
+class Magnitudes {
+  static constexpr int kCount = 1 << (kBits - 1);
+
+ public:
+  explicit Magnitudes(const float *thresholds)
+      : thresholds_(thresholds),
+        middle_(hn::Set(kF, thresholds[kCount / 2 - (kBits > 1)])),
+        lower_(hn::Set(kF, thresholds[1])),
+        upper_(hn::Set(kF, thresholds[5])),
+        last_(thresholds, kMaxMagnitudes) {}
+
+  HWY_INLINE U operator()(F a) const {
+    U count = hn::Zero(kU);
+    if constexpr (kBits == 1) return count;
+    if constexpr (kLanes < 8) {  // where looking up is slower than comparing
+      TQKV_UNROLL for (int i = 0; i + 1 < kCount; ++i) count = hn::Add(count, step(a, hn::Set(kF, thresholds_[i]), 1));
+      return count;
+    }
+    // By bisection.
+    count = step(a, middle_, kCount / 2);
+    if constexpr (kBits == 4) count = hn::Or(count, step(a, hn::IfThenElse(hn::Ge(a, middle_), upper_, lower_), 2));
+    if constexpr (kBits >= 3) count = hn::Or(count, step(a, last_[count], 1));
+    return count;
+  }
+
+ private:
+  // `size` where a is not below the threshold, else 0.
+  static HWY_INLINE U step(F a, F threshold, int size) {
+    return float_to_bits(hn::IfThenElseZero(hn::Ge(a, threshold), bits_to_float(hn::Set(kU, uint32_t(size)))));
+  }
+  const float *thresholds_;
+  F middle_, lower_, upper_;
+  Table last_;
+};
+
+// What the codes of a group of vectors add up to.
+struct Quantized {
+  F dot;  // <|y|, |u|>
+  F uu;   // |u|^2
+};
+
+// Sums of a chunk after the other: `u` are odd integers below 256.
+class Sums {
+ public:
+  Sums() : uu_(hn::Zero(kI)) {}
+  HWY_INLINE void add(int chunk, const F *products, const F *u) {
+    store_groups(products, groups_.of + chunk * (kChunk / 4) * kLanes);
+    F squares = hn::Mul(u[0], u[0]);  // a chunk's squares add up exactly
+    TQKV_UNROLL for (int i = 1; i < kChunk; ++i) squares = hn::Add(squares, hn::Mul(u[i], u[i]));
+    uu_ = hn::Add(uu_, hn::ConvertTo(kI, squares));
+  }
+  Quantized total(int head_dim) { return {sum_groups(groups_.of, head_dim), hn::ConvertTo(kF, uu_)}; }
+
+ private:
+  Groups groups_;
+  hn::Vec<decltype(kI)> uu_;
+};
+
+// A chunk's place in the 1-bit plane: plane1_bit(kFirst + i, kDim) for its channel i.
+template <int kBits, int kFirst, int kDim>
+HWY_INLINE void quantize_chunk(const Magnitudes<kBits> &magnitudes, const Table &levels, F gain, const float *y, int c,
+                               int head_dim, Sums &sums, uint32_t *words) {
+  constexpr uint32_t kCount = 1 << (kBits - 1);
+  constexpr bool kPlane2 = kBits == 2 || kBits == 3, kPlane1 = kBits == 1 || kBits == 3;
+  F products[kChunk], u[kChunk];
+  U word[2] = {hn::Zero(kU), hn::Zero(kU)}, plane1 = hn::Zero(kU);
+  TQKV_UNROLL for (int i = 0; i < kChunk; ++i) {
+    const F v = hn::Load(kF, y + (c + i) * kLanes);
+    const F a = hn::Abs(v);
+    const U magnitude = magnitudes(hn::Mul(a, gain));
+    u[i] = levels[magnitude];
+    products[i] = hn::Mul(a, u[i]);
+    if constexpr (kBits == 4) {
+      const int sign = nibble_sign_bit(i) & 31;
+      U &w = word[i / 8];
+      w = hn::Or(w, hn::ShiftLeftSame(magnitude, 4 * (i % 8)));
+      w = hn::OrAnd(w, hn::ShiftRightSame(float_to_bits(v), 31 - sign), hn::Set(kU, 1u << sign));
+    } else {
+      // Ascending indices: a negative value has all bits of its mirror image's flipped.
+      const U negative = hn::BitCast(kU, hn::BroadcastSignBit(hn::BitCast(kI, v)));
+      const U code = hn::Xor(hn::Or(magnitude, hn::Set(kU, kCount)), negative);
+      if constexpr (kPlane2) word[0] = hn::Or(word[0], hn::ShiftLeftSame(hn::And(code, hn::Set(kU, 3)), plane2_bit(i)));
+      if constexpr (kPlane1) {
+        const int bit = plane1_bit(kFirst + i, kDim);
+        plane1 = hn::OrAnd(plane1, shifted_left(code, bit - (kBits - 1)), hn::Set(kU, 1u << bit));
+      }
+    }
+  }
+  sums.add(c / kChunk, products, u);
+  if constexpr (kBits == 4) {
+    hn::Store(word[0], kU, words + c / 8 * kLanes);
+    hn::Store(word[1], kU, words + (c / 8 + 1) * kLanes);
+  }
+  if constexpr (kPlane2) hn::Store(word[0], kU, words + c / 16 * kLanes);
+  if constexpr (kPlane1) {
+    uint32_t *plane = words + ((kBits == 3 ? head_dim / 16 : 0) + c / 32) * kLanes;
+    hn::Store(kFirst == 0 ? plane1 : hn::Or(plane1, hn::Load(kU, plane)), kU, plane);
+  }
+}
+
+template <int kBits>
+Quantized quantize(const Side &side, const float *y, F norm2, uint32_t *words) {
+  const F gain = hn::Div(hn::Set(kF, side.z_gain), hn::Sqrt(norm2));
+  constexpr int kCount = 1 << (kBits - 1);
+  const Magnitudes<kBits> magnitudes(side.thresholds);
+  const Table levels(side.levels + (kBits == 4 ? 0 : kCount), kCount);
+  Sums sums;
+  const int n = side.head_dim;
+  for (int c = 0; c < n; c += kChunk) {
+    if (kBits == 2 || kBits == 4 || (c % 32 == 0 && c + 32 <= n)) {
+      quantize_chunk<kBits, 0, 32>(magnitudes, levels, gain, y, c, n, sums, words);
+    } else if (c % 32 != 0) {
+      quantize_chunk<kBits, 16, 32>(magnitudes, levels, gain, y, c, n, sums, words);
+    } else {
+      quantize_chunk<kBits, 0, 16>(magnitudes, levels, gain, y, c, n, sums, words);
+    }
+  }
+  return sums.total(n);
+}
+
+Quantized quantize8(int head_dim, const float *y, uint32_t *words) {
+  F largest = hn::Zero(kF);
+  for (int c = 0; c < head_dim; ++c) largest = hn::Max(largest, hn::Abs(hn::Load(kF, y + c * kLanes)));
+  const F gain = hn::Div(hn::Set(kF, 127.5f), largest);
+  Sums sums;
+  for (int c = 0; c < head_dim; c += kChunk) {
+    F products[kChunk], u[kChunk];
+    U word[kChunk / 4] = {hn::Zero(kU), hn::Zero(kU), hn::Zero(kU), hn::Zero(kU)};
+    TQKV_UNROLL for (int i = 0; i < kChunk; ++i) {
+      const F v = hn::Load(kF, y + (c + i) * kLanes);
+      const F a = hn::Abs(v);
+      const auto magnitude = hn::ConvertTo(kI, hn::Min(hn::Mul(a, gain), hn::Set(kF, 127.0f)));
+      u[i] = hn::ConvertTo(kF, hn::Or(hn::Add(magnitude, magnitude), hn::Set(kI, 1)));
+      products[i] = hn::Mul(a, u[i]);
+      const auto grid = hn::Xor(magnitude, hn::BroadcastSignBit(hn::BitCast(kI, v)));
+      const U byte = hn::And(hn::BitCast(kU, grid), hn::Set(kU, 0xff));
+      word[i / 4] = hn::Or(word[i / 4], hn::ShiftLeftSame(byte, 8 * (i % 4)));
+    }
+    sums.add(c / kChunk, products, u);
+    TQKV_UNROLL for (int w = 0; w < kChunk / 4; ++w) hn::Store(word[w], kU, words + (c / 4 + w) * kLanes);
+  }
+  return sums.total(head_dim);
+}
+
+// choose_scale() of quantize.hpp.
+F choose_scales(int rule, F norm2, const Quantized &q, float scale_gain) {
+  const F gain = hn::Set(kF, scale_gain);
+  if (rule == TQ_SCALE_LEAST_MSE) return hn::Mul(hn::Div(q.dot, q.uu), gain);
+  if (rule == TQ_SCALE_NORM) return hn::Mul(hn::Sqrt(hn::Div(norm2, q.uu)), gain);
+  return hn::Mul(hn::Div(norm2, q.dot), gain);
+}
+
+// ------------------------------------------------------------------------------------------------------ conversion --
+
+// NaNs are left to the scalar functions.
+template <bool kIsF16>
+void from_f32(const float *input, int count, uint16_t *output) {
+  int i = 0;
+  const auto one = [&] {
+    output[i] = kIsF16 ? f16_from_f32(input[i]) : bf16_from_f32(input[i]);
+    ++i;
+  };
+  while (i + kLanes <= count) {
+    const F v = hn::LoadU(kF, input + i);
+    if (HWY_UNLIKELY(!hn::AllFalse(kF, hn::IsNaN(v)))) {
+      for (int k = 0; k < kLanes; ++k) one();
+      continue;
+    }
+    if constexpr (kIsF16) {
+      hn::StoreU(hn::BitCast(kU16, hn::DemoteTo(kF16, v)), kU16, output + i);
+    } else {
+      const U u = float_to_bits(v);
+      const U odd = hn::And(hn::ShiftRight<16>(u), hn::Set(kU, 1));
+      const U rounded = hn::Add(hn::Add(u, hn::Set(kU, 0x7fff)), odd);
+      hn::StoreU(hn::TruncateTo(kU16, hn::ShiftRight<16>(rounded)), kU16, output + i);
+    }
+    i += kLanes;
+  }
+  while (i < count) one();
+}
+
+template <bool kIsF16>
+void to_f32(const uint16_t *input, int count, float *output) {
+  int i = 0;
+  const auto one = [&] {
+    output[i] = kIsF16 ? f32_from_f16(input[i]) : f32_from_bf16(input[i]);
+    ++i;
+  };
+  while (i + kLanes <= count) {
+    const auto h = hn::LoadU(kU16, input + i);
+    if constexpr (kIsF16) {
+      const F v = hn::PromoteTo(kF, hn::BitCast(kF16, h));
+      if (HWY_UNLIKELY(!hn::AllFalse(kF, hn::IsNaN(v)))) {
+        for (int k = 0; k < kLanes; ++k) one();
+        continue;
+      }
+      hn::StoreU(v, kF, output + i);
+    } else {
+      hn::StoreU(bits_to_float(hn::ShiftLeft<16>(hn::PromoteTo(kU, h))), kF, output + i);
+    }
+    i += kLanes;
+  }
+  while (i < count) one();
+}
+
+void to_f32_of_type(const void *input, int type, int count, float *output) {
+  if (type == TQ_TYPE_F32) {
+    std::memcpy(output, input, size_t(count) * 4);
+  } else if (type == TQ_TYPE_F16) {
+    to_f32<true>(static_cast<const uint16_t *>(input), count, output);
+  } else {
+    to_f32<false>(static_cast<const uint16_t *>(input), count, output);
+  }
+}
+
+void from_f32_of_type(const float *input, int type, int count, void *output) {
+  if (type == TQ_TYPE_F32) {
+    std::memcpy(output, input, size_t(count) * 4);
+  } else if (type == TQ_TYPE_F16) {
+    from_f32<true>(input, count, static_cast<uint16_t *>(output));
+  } else {
+    from_f32<false>(input, count, static_cast<uint16_t *>(output));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- encode and decode --
+
+void encode_lanes(const Side &side, const float *rows, int n, uint8_t *records, uint8_t *scales, Encoded *encoded) {
+  Channels y;
+  load_rotated(side, rows, n, y.of);
+  const F norm2 = squared_norm(y.of, side.head_dim);
+  Words words;
+  const Quantized q = side.bits == 1   ? quantize<1>(side, y.of, norm2, words.of)
+                      : side.bits == 2 ? quantize<2>(side, y.of, norm2, words.of)
+                      : side.bits == 3 ? quantize<3>(side, y.of, norm2, words.of)
+                      : side.bits == 4 ? quantize<4>(side, y.of, norm2, words.of)
+                                       : quantize8(side.head_dim, y.of, words.of);
+  store_words(words, n, side.code_bytes(), records);
+
+  const F value = choose_scales(side.scale_rule, norm2, q, side.scale_gain);
+  const F most = hn::Set(kF, side.scale_type == TQ_TYPE_F32 ? FLT_MAX : 65504.0f);
+  alignas(64) float kept[kLanes];
+  alignas(64) uint8_t rounded[kLanes * 4];
+  hn::Store(hn::Min(value, most), kF, kept);
+  from_f32_of_type(kept, side.scale_type, kLanes, rounded);
+  std::memcpy(scales, rounded, size_t(n * side.scale_bytes()));
+
+  uint8_t clamped[8] = {}, usual[8] = {};  // one bit a lane
+  hn::StoreMaskBits(kF, hn::Gt(value, most), clamped);
+  hn::StoreMaskBits(
+      kF, hn::And(hn::Ge(norm2, hn::Set(kF, kMinSquaredNorm)), hn::Le(norm2, hn::Set(kF, kMaxSquaredNorm))), usual);
+  for (int i = 0; i < n; ++i) {
+    if (HWY_LIKELY(usual[i / 8] >> (i % 8) & 1)) {
+      encoded[i] = clamped[i / 8] >> (i % 8) & 1 ? Encoded::kClamped : Encoded::kFine;
+    } else {
+      float row[kMaxHeadDim];
+      std::memcpy(row, rows + i * side.head_dim, size_t(side.head_dim) * sizeof(float));
+      encoded[i] = encode_vector(side, row, records + i * side.code_bytes(), scales + i * side.scale_bytes());
+    }
+  }
+}
+
+template <int kBits, int kFirst, int kDim>
+HWY_INLINE void decode_chunk(const Table &levels, bool begin, const uint32_t *words, int c, int head_dim, float *x) {
+  U word[4] = {}, plane1 = hn::Zero(kU);
+  if constexpr (kBits == 8) {
+    TQKV_UNROLL for (int w = 0; w < 4; ++w) word[w] = hn::Load(kU, words + (c / 4 + w) * kLanes);
+  }
+  if constexpr (kBits == 4) {
+    TQKV_UNROLL for (int w = 0; w < 2; ++w) word[w] = hn::Load(kU, words + (c / 8 + w) * kLanes);
+  }
+  if constexpr (kBits == 2 || kBits == 3) word[0] = hn::Load(kU, words + c / 16 * kLanes);
+  if constexpr (kBits == 1 || kBits == 3) {
+    plane1 = hn::Load(kU, words + ((kBits == 3 ? head_dim / 16 : 0) + c / 32) * kLanes);
+  }
+  TQKV_UNROLL for (int part = 0; part < kChunk; part += kLanes) {
+    F block[kLanes];
+    TQKV_UNROLL for (int k = 0; k < kLanes; ++k) {
+      const int i = part + k;
+      if constexpr (kBits == 8) {
+        const auto byte = hn::BitCast(kI, hn::ShiftLeftSame(word[i / 4], 24 - 8 * (i % 4)));
+        block[k] = hn::ConvertTo(kF, hn::Or(hn::ShiftRight<23>(byte), hn::Set(kI, 1)));
+      } else if constexpr (kBits == 4) {
+        const U sign = hn::ShiftLeftSame(word[i / 8], 31 - (nibble_sign_bit(i) & 31));
+        const F level = levels[hn::And(hn::ShiftRightSame(word[i / 8], 4 * (i % 8)), hn::Set(kU, 7))];
+        block[k] = bits_to_float(hn::Xor(float_to_bits(level), hn::And(sign, hn::Set(kU, 0x80000000))));
+      } else {
+        U code = hn::ShiftRightSame(word[0], plane2_bit(i));
+        if constexpr (kBits != 2) {
+          const U top = shifted_left(plane1, kBits - 1 - plane1_bit(kFirst + i, kDim));
+          code = kBits == 1 ? top : hn::OrAnd(hn::And(code, hn::Set(kU, 3)), top, hn::Set(kU, 4));
+        }
+        block[k] = levels[hn::And(code, hn::Set(kU, (1 << kBits) - 1))];
+      }
+    }
+    if (begin) butterflies<kLanes>(block);
+    TQKV_UNROLL for (int k = 0; k < kLanes; ++k) hn::Store(block[k], kF, x + (c + part + k) * kLanes);
+  }
+}
+
+template <int kBits>
+void decode_levels(const Side &side, const uint32_t *words, float *x) {
+  const Table levels(side.levels, kBits < 3 ? 1 << kBits : 8);
+  const bool begin = begins_in_registers(side);
+  const int n = side.head_dim;
+  for (int c = 0; c < n; c += kChunk) {
+    if ((kBits != 1 && kBits != 3) || (c % 32 == 0 && c + 32 <= n)) {
+      decode_chunk<kBits, 0, 32>(levels, begin, words, c, n, x);
+    } else if (c % 32 != 0) {
+      decode_chunk<kBits, 16, 32>(levels, begin, words, c, n, x);
+    } else {
+      decode_chunk<kBits, 0, 16>(levels, begin, words, c, n, x);
+    }
+  }
+}
+
+void decode_lanes(const Side &side, const uint8_t *records, const uint8_t *scales, int n, float *rows) {
+  Words words;
+  load_words(records, n, side.code_bytes(), words);
+  Channels x;
+  if (side.bits == 1) decode_levels<1>(side, words.of, x.of);
+  if (side.bits == 2) decode_levels<2>(side, words.of, x.of);
+  if (side.bits == 3) decode_levels<3>(side, words.of, x.of);
+  if (side.bits == 4) decode_levels<4>(side, words.of, x.of);
+  if (side.bits == 8) decode_levels<8>(side, words.of, x.of);
+  alignas(64) uint8_t aligned_scales[kLanes * 4] = {};
+  alignas(64) float gains[kLanes];
+  std::memcpy(aligned_scales, scales, size_t(n * side.scale_bytes()));
+  to_f32_of_type(aligned_scales, side.scale_type, kLanes, gains);
+  hn::Store(hn::Mul(hn::Load(kF, gains), hn::Set(kF, side.decode_gain)), kF, gains);
+  store_rotated_back(side, x.of, gains, n, rows);
+}
+
+void encode(const Side &side, float *rows, int n, uint8_t *records, void *scales, Encoded *encoded) {
+  for (int i = 0; i < n; i += kLanes) {
+    encode_lanes(side, rows + i * side.head_dim, n - i < kLanes ? n - i : kLanes, records + i * side.code_bytes(),
+                 static_cast<uint8_t *>(scales) + i * side.scale_bytes(), encoded + i);
+  }
+}
+
+void decode(const Side &side, const uint8_t *records, const void *scales, int n, float *rows) {
+  for (int i = 0; i < n; i += kLanes) {
+    decode_lanes(side, records + i * side.code_bytes(), static_cast<const uint8_t *>(scales) + i * side.scale_bytes(),
+                 n - i < kLanes ? n - i : kLanes, rows + i * side.head_dim);
+  }
+}
+
+constexpr CodecKernels kTarget = {to_f32_of_type, from_f32_of_type, encode, decode};
+
+}  // namespace
+}  // namespace tqkv
+HWY_AFTER_NAMESPACE();
