@@ -538,7 +538,9 @@ typedef struct tq_attention_args {
   void *stream;
 } tq_attention_args;
 
-/* Makes every check of the call except those of pointers, and gives the workspace it needs: also the support query. */
+/* Makes every check of the call except those of pointers, and gives the workspace it needs: also the support query.
+ * `pages` and `exact_pages` are read, their bases are not; of arrays only k_new, v_new and the tables are looked at, for
+ * being given or not. */
 TQKV_API tq_status tq_attention_workspace(const tq_codec *codec, const tq_attention_args *args, size_t *bytes);
 
 TQKV_API tq_status tq_paged_attention(const tq_codec *codec, const tq_attention_args *args);

@@ -19,11 +19,7 @@ tq_status check_range(int64_t value, int64_t high, const char *name) {
 }
 
 tq_status check_args(const tq_plan_args &args) {
-  const int block = args.block_size_tokens;
-  if (block != 0 && block != 1 && block != 8 && (block < 0 || block > 256 || block % 16 != 0)) {
-    return fail(TQ_ERROR_INVALID_ARGUMENT,
-                "args.block_size_tokens is %d; it must be 1, 8, or a multiple of 16 up to 256", block);
-  }
+  TQKV_TRY(check_block_size(args.block_size_tokens, "args.block_size_tokens"));
   if (args.config_json == nullptr) return fail(TQ_ERROR_NULL_POINTER, "args.config_json is NULL");
   // Lengths and numbers of sequences are int32 in every call.
   TQKV_TRY(check_range(args.context_tokens, INT32_MAX, "context_tokens"));

@@ -126,6 +126,7 @@ class Piece {
       }
     }
     for (int64_t chunk = range.low / kTileTokens * kTileTokens; chunk < range.high; chunk += kChunkTokens) {
+      prefetch_chunk(chunk + kChunkTokens, range.high);
       if (!run_chunk(chunk, int(std::min<int64_t>(kChunkTokens, range.high - chunk)))) return false;
     }
     for (int r = 0; r < rows_; ++r) write_state(r, split);
@@ -184,6 +185,21 @@ class Piece {
       if (blocks[i] != blocks[0] + i) return nullptr;
     }
     return pool.tile(int64_t{blocks[0]} * size, kv_head_);
+  }
+
+  // Asks for what the next chunk reads first: its tiles are anywhere in memory, where the processor cannot foresee them.
+  void prefetch_chunk(int64_t chunk, int64_t high) const {
+    const TileLayout &layout = call_.pool.layout;
+    for (int64_t j = chunk; j < std::min(chunk + kChunkTokens, std::min(high, sequence_.coded_length));
+         j += kTileTokens) {
+      const uint8_t *tile = whole_tile(j, high);
+      if (tile == nullptr) continue;
+      constexpr int kLine = 64;
+      for (const int64_t at : {int64_t{0}, int64_t{kLine}, layout.v_codes, layout.v_codes + kLine, layout.k_scales,
+                               layout.bytes - 1}) {
+        __builtin_prefetch(tile + at);
+      }
+    }
   }
 
   // Whether all keys of [low, high) are read from the pool's codes.
@@ -479,14 +495,16 @@ void run_attention_cpu(const AttentionCall &call, const AttentionWorkspace &work
   }
   if (!codec.k.raw()) rotate_queries(call, workspace);
 
-  // Pieces, numbered (sequence, kv head, split, tokens, heads), the last fastest.
+  // Pieces, numbered (sequence, split, kv head, tokens, heads), the last fastest: pieces that follow each other read the
+  // same memory pages.
   const int64_t head_block = std::min(call.group, kRowBlock), head_blocks = (call.group + head_block - 1) / head_block;
   const int64_t token_block = kRowBlock / head_block;
   const int64_t token_blocks = (std::min<int64_t>(call.max_q_len, call.num_tokens) + token_block - 1) / token_block;
-  const int64_t per_head = call.splits * token_blocks * head_blocks, per_sequence = codec.kv_heads * per_head;
+  const int64_t per_head = token_blocks * head_blocks, per_split = codec.kv_heads * per_head;
+  const int64_t per_sequence = call.splits * per_split;
   codec.parallel->run(call.num_seqs * per_sequence, [&](int64_t index) {
-    const int64_t s = index / per_sequence, head = index % per_sequence / per_head;
-    const int64_t split = index % per_head / (token_blocks * head_blocks);
+    const int64_t s = index / per_sequence, split = index % per_sequence / per_split;
+    const int64_t head = index % per_split / per_head;
     const int64_t tokens = index / head_blocks % token_blocks * token_block, heads = index % head_blocks * head_block;
     std::atomic_ref state(sequence_states[s]);
     Sequence sequence;

@@ -131,6 +131,9 @@ tq_status check_pages(const Codec &codec, int which, const tq_pages *pages, cons
     return fail(TQ_ERROR_FINGERPRINT_MISMATCH, "%s.fingerprint is %016llx; this codec's is %016llx", name,
                 (unsigned long long)pages->fingerprint, (unsigned long long)layout.fingerprint);
   }
+  if (pages->reserved != 0) {
+    return fail(TQ_ERROR_RESERVED_NOT_ZERO, "%s.reserved is %u, must be zero", name, pages->reserved);
+  }
   if (pages->num_blocks < 0) {
     return fail(TQ_ERROR_INVALID_ARGUMENT, "%s.num_blocks is %lld, below zero", name, (long long)pages->num_blocks);
   }

@@ -61,9 +61,10 @@ Row plan_one(const Options &options, const std::string &config, const std::strin
   const bool compressed = name != "bf16" && name != "fp8" && name != "raw";
   args.exact_first_tokens = compressed ? options.exact_first : 0;
   args.exact_recent_tokens = compressed ? options.exact_recent : 0;
-  std::string json(1 << 14, '\0');
   size_t json_bytes = 0;
-  check(tq_plan(&args, &row.result, json.data(), json.size(), &json_bytes), options.path);
+  check(tq_plan(&args, &row.result, nullptr, 0, &json_bytes), options.path);
+  std::string json(json_bytes, '\0');
+  check(tq_plan(&args, &row.result, json.data(), json.size(), nullptr), options.path);
   row.json = ordered_json::parse(json.c_str());
   return row;
 }

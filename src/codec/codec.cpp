@@ -73,11 +73,6 @@ uint64_t page_hash(uint64_t tile, int block_size, int kv_heads) {
   return hash.digest();
 }
 
-tq_status check_block_size(int size, const char *name) {
-  if (size == 0 || size == 1 || size == 8 || (size > 0 && size <= 256 && size % 16 == 0)) return TQ_OK;
-  return fail(TQ_ERROR_INVALID_ARGUMENT, "%s is %d; it must be 1, 8, or a multiple of 16 up to 256", name, size);
-}
-
 Side raw_side(const Side &like, int raw_type) {
   Side side;
   side.side = like.side;
@@ -118,6 +113,11 @@ tq_status check_device(const tq_config &config) {
 }
 
 }  // namespace
+
+tq_status check_block_size(int size, const char *name) {
+  if (size == 0 || size == 1 || size == 8 || (size > 0 && size <= 256 && size % 16 == 0)) return TQ_OK;
+  return fail(TQ_ERROR_INVALID_ARGUMENT, "%s is %d; it must be 1, 8, or a multiple of 16 up to 256", name, size);
+}
 
 const CodecKernels *codec_kernels(int simd) {
   if (!simd_available(simd)) return nullptr;

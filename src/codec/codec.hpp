@@ -29,11 +29,11 @@ struct Codec {
 // Validates and builds; with `codec` null only validates, expensive tables not computed.
 [[nodiscard]] tq_status make_codec(const tq_config &config, std::unique_ptr<Codec> *codec);
 
+// 0, which means 16, or a size that pages can have.
+[[nodiscard]] tq_status check_block_size(int size, const char *name);
+
 inline int type_bytes(int type) {
   return type == TQ_TYPE_F32 ? 4 : 2;
-}
-inline bool known_type(int type) {
-  return type >= TQ_TYPE_F32 && type <= TQ_TYPE_BF16;
 }
 
 // Encodes rows [n, head_dim] (destroyed; n <= kGroup) of any side, raw ones included, with the documented policy for

@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over compressed pages against the double-precision oracle over the same pages.
+#include <algorithm>
+#include <cstring>
+
+#include "scenario.hpp"
+
+namespace {
+
+bool same_bits(const AttentionRun &a, const AttentionRun &b) {
+  return a.raw_out == b.raw_out && a.lse.size() == b.lse.size() &&
+         (a.lse.empty() || std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * sizeof(float)) == 0);
+}
+
+void check(const Target &target, const Scenario &scenario, double tolerance) {
+  const AttentionRun got = scenario.run_on(target);
+  INFO("status " << got.status << ' ' << (got.status == TQ_OK ? "" : tq_last_error()));
+  REQUIRE(got.status == TQ_OK);
+  check_attention(got, expected(*scenario.reader, scenario.call), scenario.call.args.out_type, tolerance);
+}
+
+void check_random(const char *salt, int rounds, const ScenarioLimits &limits) {
+  FRESH(random, salt);
+  for (const Target &target : targets()) {
+    for (int round = 0; round < rounds; ++round) {
+      const std::unique_ptr<Scenario> scenario = random_scenario(random.bits(), target, limits);
+      INFO(target.name << " round " << round << ' ' << scenario->describe());
+      check(target, *scenario, attention_tolerance(target));
+    }
+  }
+}
+
+// A plain call: one token a sequence, a table of consecutive blocks.
+std::unique_ptr<Scenario> plain_scenario(Random &random, const Target &target, tq_config config, int q_heads,
+                                         const std::vector<int32_t> &lengths, int64_t columns) {
+  auto scenario = std::make_unique<Scenario>();
+  Scenario &s = *scenario;
+  s.config = config;
+  s.codec = make_codec(config);
+  s.info = info_of(s.codec.get());
+  s.reader = std::make_unique<oracle::Codec>(s.config, s.info);
+  const int64_t num_blocks = std::max<int64_t>(1, columns * int64_t(lengths.size()));
+  s.pool = make_pool(random, *s.reader, s.info.page_fingerprint, false, num_blocks, PoolShape::kPacked);
+  fill_pool(random, target, s, &s.pool);
+  s.call.pool = &s.pool;
+  s.call.lengths = lengths;
+  for (int64_t i = 0; i < num_blocks; ++i) s.call.block_table.push_back(int32_t(i));
+  tq_attention_args &args = s.call.args;
+  args.q_heads = q_heads;
+  args.q_type = args.out_type = TQ_TYPE_F32;
+  args.num_tokens = int32_t(lengths.size());
+  args.table_columns = columns;
+  s.call.q = encode_elements(normals(random, int64_t(lengths.size()) * q_heads * s.reader->k.head_dim), TQ_TYPE_F32);
+  return scenario;
+}
+
+}  // namespace
+
+TEST_CASE("random calls with every feature equal the oracle") {
+  check_random("attention random", 60, {.config = {.max_head_dim = 112}});
+}
+
+TEST_CASE("random calls at large and unequal head sizes") {
+  check_random("attention dims", 8,
+               {.config = {.max_head_dim = 576, .allow_matrices = false}, .max_seqs = 2, .max_blocks_of_16 = 6});
+}
+
+TEST_CASE("peaked logits") {
+  check_random("attention peaked", 20, {.config = {.max_head_dim = 128}, .max_seqs = 3, .peak = 8});
+}
+
+TEST_CASE("long contexts", "[long]") {
+  check_random("attention long", 6,
+               {.config = {.max_head_dim = 128, .allow_matrices = false}, .max_seqs = 2, .max_blocks_of_16 = 512});
+}
+
+TEST_CASE("every pair of widths, plain decoding") {
+  FRESH(random, "attention widths");
+  for (const Target &target : targets()) {
+    for (int bits_k : {1, 2, 3, 4, 8, 16}) {
+      for (int bits_v : {1, 2, 3, 4, 8, 16}) {
+        tq_config config = make_config(target, 128, bits_k, bits_v);
+        config.kv_heads = 2;
+        const auto scenario = plain_scenario(random, target, config, 8, {131, 16, 1}, 9);
+        INFO(target.name << ' ' << scenario->describe());
+        check(target, *scenario, attention_tolerance(target));
+      }
+    }
+  }
+}
+
+TEST_CASE("lengths around the edges, and bad ones") {
+  FRESH(random, "attention lengths");
+  for (const Target &target : targets()) {
+    for (int block : {1, 8, 16, 64}) {
+      tq_config config = make_config(target, 64, 4, 4);
+      config.block_size_tokens = block;
+      const int64_t columns = 3;
+      const int32_t capacity = int32_t(3 * block);
+      const std::vector<int32_t> lengths = {0,           1,         block - 1, block,          block + 1,
+                                            capacity - 1, capacity, capacity + 1, -1, INT32_MIN, INT32_MAX};
+      const auto scenario = plain_scenario(random, target, config, 3, lengths, columns);
+      INFO(target.name << ' ' << scenario->describe());
+      const AttentionRun got = scenario->run_on(target);
+      REQUIRE(got.status == TQ_OK);
+      const oracle::Attention want = expected(*scenario->reader, scenario->call);
+      check_attention(got, want, TQ_TYPE_F32, attention_tolerance(target));
+      CHECK(got.faults.count[TQ_FAULT_LENGTH] == 4);
+      CHECK(TQ_FAULT_FIRST_KIND(got.faults.first) == TQ_FAULT_LENGTH);
+      CHECK(TQ_FAULT_FIRST_INDEX(got.faults.first) == 7);
+      // The others are what they are without any bad neighbour.
+      Scenario alone;
+      auto good = plain_scenario(random, target, config, 3, {1, 1}, columns);
+      good->pool = scenario->pool;
+      good->call.block_table.assign(scenario->call.block_table.begin() + 18, scenario->call.block_table.begin() + 21);
+      good->call.lengths = {capacity};
+      good->call.args.num_tokens = 1;
+      good->call.q.assign(scenario->call.q.begin() + 6 * 3 * 64 * 4, scenario->call.q.begin() + 7 * 3 * 64 * 4);
+      const AttentionRun single = good->run_on(target);
+      REQUIRE(single.status == TQ_OK);
+      double error = 0, size = 0;
+      for (size_t i = 0; i < single.out.size(); ++i) {
+        error += std::pow(single.out[i] - got.out[6 * 3 * 64 + i], 2), size += std::pow(single.out[i], 2);
+      }
+      CHECK(std::sqrt(error) <= 1e-6 * std::sqrt(size));
+    }
+  }
+}
+
+TEST_CASE("nothing that a sequence does not see changes a bit of its output") {
+  FRESH(random, "attention unseen");
+  for (const Target &target : targets()) {
+    for (int round = 0; round < 60; ++round) {
+      const uint64_t seed = random.bits();
+      const std::unique_ptr<Scenario> scenario = random_scenario(seed, target, {.config = {.max_head_dim = 96}});
+      INFO(target.name << " round " << round << ' ' << scenario->describe());
+      const AttentionRun clean = scenario->run_on(target);
+      REQUIRE(clean.status == TQ_OK);
+      spoil_unseen(random, expected(*scenario->reader, scenario->call), scenario.get());
+      const AttentionRun spoiled = scenario->run_on(target);
+      CHECK(same_bits(clean, spoiled));
+      CHECK(std::memcmp(&clean.faults, &spoiled.faults, sizeof clean.faults) == 0);
+    }
+  }
+}
+
+TEST_CASE("the same call gives the same bits, whatever the threads") {
+  FRESH(random, "attention threads");
+  for (const Target &target : targets()) {
+    for (int round = 0; round < 12; ++round) {
+      const std::unique_ptr<Scenario> scenario = random_scenario(
+          random.bits(), target, {.config = {.max_head_dim = 96, .allow_matrices = false}, .max_blocks_of_16 = 60});
+      const AttentionRun first = scenario->run_on(target);
+      CHECK(same_bits(first, scenario->run_on(target)));
+      for (int threads : {1, 2, 5}) {
+        tq_config config = scenario->config;
+        config.threads = threads;
+        scenario->codec = make_codec(config);
+        CHECK(same_bits(first, scenario->run_on(target)));
+      }
+    }
+  }
+}
+
+TEST_CASE("a fixed split size makes a sequence's bits independent of its neighbours") {
+  FRESH(random, "attention split");
+  for (const Target &target : targets()) {
+    for (int round = 0; round < 10; ++round) {
+      tq_config config = make_config(target, 64, random.pick({2, 3, 4}), random.pick({2, 3, 4}));
+      config.kv_heads = 2;
+      const int64_t columns = 20;
+      std::vector<int32_t> lengths;
+      for (int i = 0; i < 4; ++i) lengths.push_back(int32_t(random.integer(1, columns * 16)));
+      const auto batch = plain_scenario(random, target, config, 6, lengths, columns);
+      batch->call.args.split_tokens = int32_t(16 * random.integer(1, 8));
+      const AttentionRun all = batch->run_on(target);
+      REQUIRE(all.status == TQ_OK);
+      check_attention(all, expected(*batch->reader, batch->call), TQ_TYPE_F32, attention_tolerance(target));
+      const size_t which = size_t(random.integer(0, 3)), row_bytes = 6 * 64 * 4;
+      Scenario &s = *batch;
+      s.call.lengths = {lengths[which]};
+      s.call.block_table.assign(s.call.block_table.begin() + std::ptrdiff_t(which) * columns,
+                                s.call.block_table.begin() + std::ptrdiff_t(which + 1) * columns);
+      s.call.q.assign(s.call.q.begin() + std::ptrdiff_t(which * row_bytes),
+                      s.call.q.begin() + std::ptrdiff_t((which + 1) * row_bytes));
+      s.call.args.num_tokens = 1;
+      const AttentionRun alone = s.run_on(target);
+      REQUIRE(alone.status == TQ_OK);
+      INFO(target.name << ' ' << batch->describe());
+      CHECK(std::memcmp(alone.raw_out.data(), all.raw_out.data() + which * row_bytes, row_bytes) == 0);
+      CHECK(std::memcmp(alone.lse.data(), all.lse.data() + which * 6, 6 * sizeof(float)) == 0);
+      // Nor does the bound on lengths or a wider table matter.
+      s.call.args.max_length_tokens = lengths[which] + int32_t(random.integer(0, 500));
+      const AttentionRun bounded = s.run_on(target);
+      REQUIRE(bounded.status == TQ_OK);
+      CHECK(same_bits(alone, bounded));
+    }
+  }
+}
+
+TEST_CASE("without a fixed split size neighbours change at most rounding") {
+  FRESH(random, "attention neighbours");
+  for (const Target &target : targets()) {
+    tq_config config = make_config(target, 64, 4, 4);
+    const int64_t columns = 150;  // more keys than one automatic split
+    const auto batch = plain_scenario(random, target, config, 4, {2400, 7, 1500}, columns);
+    const AttentionRun all = batch->run_on(target);
+    Scenario &s = *batch;
+    s.call.lengths = {2400};
+    s.call.block_table.resize(size_t(columns));
+    s.call.q.resize(4 * 64 * 4);
+    s.call.args.num_tokens = 1;
+    s.call.args.table_columns = columns;
+    const AttentionRun alone = s.run_on(target);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < alone.out.size(); ++i) {
+      error += std::pow(alone.out[i] - all.out[i], 2), size += std::pow(alone.out[i], 2);
+    }
+    INFO(target.name);
+    CHECK(std::sqrt(error) <= 1e-6 * std::sqrt(size));
+  }
+}
+
+TEST_CASE("the key offset restores the original logits") {
+  FRESH(random, "attention offset");
+  for (const Target &target : targets()) {
+    // Keys with one huge constant channel, which one Hadamard round would turn into a flat large vector.
+    tq_config config = make_config(target, 128, 4, 4);
+    config.kv_heads = 2;
+    const auto scenario = plain_scenario(random, target, config, 4, {100}, 7);
+    Scenario &s = *scenario;
+    std::vector<double> k = normals(random, 112 * 2 * 128), v = normals(random, 112 * 2 * 128);
+    std::vector<float> offset(2 * 128, 0.0f);
+    offset[5] = 60, offset[128 + 99] = -45;
+    for (size_t i = 0; i < k.size(); ++i) k[i] += offset[i % 256];
+    const auto error_with = [&](bool with_offset) {
+      StoreCall call;
+      call.pool = &s.pool;
+      for (int64_t i = 0; i < 112; ++i) call.slots.push_back(i);
+      call.k = encode_elements(k, TQ_TYPE_F32), call.v = encode_elements(v, TQ_TYPE_F32);
+      if (with_offset) call.key_offset = offset;
+      REQUIRE(store(target, s.codec.get(), &call) == TQ_OK);
+      s.call.key_offset = with_offset ? offset : std::vector<float>();
+      const AttentionRun got = s.run_on(target);
+      REQUIRE(got.status == TQ_OK);
+      check_attention(got, expected(*s.reader, s.call), TQ_TYPE_F32, attention_tolerance(target));
+      // Exact attention over the original keys and values.
+      const oracle::Loader original = [&](bool, int32_t side, int64_t slot, int head) {
+        const std::vector<double> &source = side == TQ_SIDE_K ? k : v;
+        oracle::Vector row(source.begin() + (slot * 2 + head) * 128, source.begin() + (slot * 2 + head + 1) * 128);
+        for (int c = 0; c < 128 && side == TQ_SIDE_K && with_offset; ++c) row[size_t(c)] -= offset[size_t(head * 128 + c)];
+        return row;
+      };
+      const oracle::Attention exact = expected(*s.reader, s.call, original);
+      double error = 0, size = 0;
+      for (size_t i = 0; i < exact.out.size(); ++i) {
+        error += std::pow(exact.out[i] - got.out[i], 2), size += std::pow(exact.out[i], 2);
+      }
+      return std::sqrt(error / size);
+    };
+    const double with = error_with(true), without = error_with(false);
+    INFO(target.name << " relative error " << with << " with, " << without << " without");
+    CHECK(with < 0.2);
+    CHECK(without > 2 * with);
+  }
+}
+
+TEST_CASE("exact pages: keys in range are read raw, all others coded") {
+  FRESH(random, "attention exact");
+  for (const Target &target : targets()) {
+    // One-bit codes and a raw copy differ so much that one key from the wrong place shows.
+    tq_config config = make_config(target, 32, 1, 1);
+    config.exact_block_size_tokens = 8;
+    for (int round = 0; round < 10; ++round) {
+      const int32_t length = int32_t(random.integer(1, 160));
+      const auto scenario = plain_scenario(random, target, config, 2, {length}, 10);
+      Scenario &s = *scenario;
+      s.exact = make_pool(random, *s.reader, s.info.exact_fingerprint, true, 6, PoolShape::kPacked);
+      fill_pool(random, target, s, &s.exact);
+      s.call.exact_pool = &s.exact;
+      s.call.args.exact_columns = 20;
+      for (int i = 0; i < 20; ++i) s.call.exact_table.push_back(i == 0 ? 5 : i % 5);  // a ring of 40 tokens
+      s.call.args.exact_first_tokens = int32_t(random.integer(0, 5));
+      s.call.args.exact_recent_tokens = int32_t(random.integer(0, 32));
+      INFO(target.name << ' ' << s.describe());
+      check(target, s, attention_tolerance(target));
+      if (length > 48) {
+        CHECK(expected(*s.reader, s.call).exact_slots.size() ==
+              size_t(s.call.args.exact_first_tokens + s.call.args.exact_recent_tokens));
+      }
+    }
+  }
+}
+
+TEST_CASE("prefill: the call's own tokens read raw equal causal attention over them") {
+  FRESH(random, "attention prefill");
+  for (const Target &target : targets()) {
+    tq_config config = make_config(target, 64, 4, 3);
+    config.kv_heads = 2;
+    for (int chunk : {1, 7, 16, 40}) {
+      const int32_t past = int32_t(random.pick({0, 5, 33}));
+      const auto scenario = plain_scenario(random, target, config, 4, {past + chunk}, 3);
+      Scenario &s = *scenario;
+      s.call.args.flags = TQ_ATTENTION_CAUSAL;
+      s.call.cu_seqlens = {0, chunk};
+      s.call.args.num_tokens = chunk;
+      s.call.q = encode_elements(normals(random, int64_t(chunk) * 4 * 64), TQ_TYPE_F32);
+      s.call.k_new = encode_elements(normals(random, int64_t(chunk) * 2 * 64), TQ_TYPE_F32);
+      s.call.v_new = encode_elements(normals(random, int64_t(chunk) * 2 * 64), TQ_TYPE_F32);
+      INFO(target.name << ' ' << s.describe());
+      check(target, s, attention_tolerance(target));
+    }
+  }
+}
+
+TEST_CASE("bad row offsets, and queries or lengths over their bounds, cost only their own sequence") {
+  FRESH(random, "attention offsets");
+  for (const Target &target : targets()) {
+    const auto fresh = [&] {
+      auto scenario = plain_scenario(random, target, make_config(target, 32, 4, 4), 2, {20, 30, 40, 10}, 3);
+      scenario->call.cu_seqlens = {0, 2, 3, 5, 6};
+      scenario->call.args.num_tokens = 7;
+      scenario->call.q = encode_elements(normals(random, 7 * 2 * 32), TQ_TYPE_F32);
+      return scenario;
+    };
+    const auto check_fault = [&](const Scenario &s, uint64_t count, int64_t first) {
+      INFO(target.name << ' ' << s.describe());
+      check(target, s, attention_tolerance(target));
+      const AttentionRun got = s.run_on(target);
+      CHECK(got.faults.count[TQ_FAULT_LENGTH] == count);
+      CHECK(TQ_FAULT_FIRST_KIND(got.faults.first) == TQ_FAULT_LENGTH);
+      CHECK(TQ_FAULT_FIRST_INDEX(got.faults.first) == first);
+    };
+    // A sequence whose rows are unknown is not written: the oracle marks its rows as untouched.
+    for (const std::vector<int32_t> &offsets :
+         {std::vector<int32_t>{0, 2, 1, 5, 6}, {0, 2, 3, 5, 8}, {0, 2, 3, INT32_MAX, 6}, {-1, 2, 3, 5, 6},
+          {INT32_MIN, 2, 3, 5, 6}, {0, INT32_MIN, 3, 5, 6}}) {
+      auto s = fresh();
+      s->call.cu_seqlens = offsets;
+      INFO(s->describe());
+      const AttentionRun got = s->run_on(target);
+      REQUIRE(got.status == TQ_OK);
+      check_attention(got, expected(*s->reader, s->call), TQ_TYPE_F32, attention_tolerance(target));
+      CHECK(got.faults.count[TQ_FAULT_LENGTH] >= 1);
+    }
+    auto s = fresh();
+    s->call.args.max_q_len = 1;  // sequences 0 and 2 have two queries
+    check_fault(*s, 2, 0);
+    s = fresh();
+    s->call.args.max_length_tokens = 35;
+    check_fault(*s, 1, 2);
+    s = fresh();
+    s->call.block_indptr = {0, 3, 6, 5, 12};  // sequence 2 goes backwards, its start is still inside
+    s->call.block_indices = s->call.block_table;
+    s->call.args.table_columns = 0;
+    check_fault(*s, 1, 2);
+    for (const std::vector<int32_t> &indptr :
+         {std::vector<int32_t>{0, 3, 6, 9, 13}, {-1, 3, 6, 9, 12}, {0, 3, 6, 9, INT32_MAX}}) {
+      s->call.block_indptr = indptr;
+      check_fault(*s, 1, indptr[0] < 0 ? 0 : 3);
+    }
+    s = fresh();
+    s->call.k_new = encode_elements(normals(random, 7 * 32), TQ_TYPE_F32);
+    s->call.v_new = encode_elements(normals(random, 7 * 32), TQ_TYPE_F32);
+    s->call.lengths[2] = 1;  // its call brings two tokens
+    check_fault(*s, 1, 2);
+  }
+}
+
+TEST_CASE("faults are optional") {
+  FRESH(random, "attention no faults");
+  const Target &target = targets().front();
+  if (target.device->kind() != TQ_DEVICE_CPU) return;
+  auto s = plain_scenario(random, target, make_config(target, 32, 4, 4), 2, {20, -1, 17}, 2);
+  s->call.block_table[5] = 99;
+  const AttentionRun counted = s->run_on(target);
+  CHECK(counted.faults.count[TQ_FAULT_LENGTH] == 1);
+  CHECK(counted.faults.count[TQ_FAULT_BLOCK] == 1);
+  tq_pages pages, exact;
+  tq_attention_args args = s->call.host_args(&pages, &exact);
+  std::vector<float> out(3 * 2 * 32, std::nanf(""));
+  args.out = out.data();
+  size_t bytes = 0;
+  REQUIRE(tq_attention_workspace(s->codec.get(), &args, &bytes) == TQ_OK);
+  const Bytes workspace(*target.device, bytes);
+  args.workspace = workspace.data();
+  args.workspace_bytes = bytes;
+  REQUIRE(tq_paged_attention(s->codec.get(), &args) == TQ_OK);
+  CHECK(std::memcmp(out.data(), counted.raw_out.data(), out.size() * sizeof(float)) == 0);
+}
+
+TEST_CASE("an empty batch is no work") {
+  FRESH(random, "attention empty");
+  for (const Target &target : targets()) {
+    const auto scenario = plain_scenario(random, target, make_config(target, 64, 4, 4), 2, {}, 4);
+    const AttentionRun got = scenario->run_on(target);
+    INFO(tq_last_error());
+    CHECK(got.status == TQ_OK);
+  }
+}
+
+TEST_CASE("log-sum-exp is optional and changes nothing") {
+  FRESH(random, "attention lse");
+  for (const Target &target : targets()) {
+    const auto scenario = plain_scenario(random, target, make_config(target, 64, 4, 4), 2, {40, 3}, 4);
+    const AttentionRun with = run(target, scenario->codec.get(), scenario->call, 64, true);
+    const AttentionRun without = run(target, scenario->codec.get(), scenario->call, 64, false);
+    CHECK(with.raw_out == without.raw_out);
+    for (float value : without.lse) CHECK(std::isnan(value));
+  }
+}

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where a codec's arrays live. Tests touch device memory only through this.
+#pragma once
+
+#include <tqkv/tqkv.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual int32_t kind() const = 0;
+  virtual int32_t ordinal() const = 0;
+  virtual void *allocate(size_t bytes) = 0;  // 256-byte aligned
+  virtual void release(void *pointer) = 0;
+  virtual void upload(void *to, const void *host, size_t bytes) = 0;
+  virtual void download(void *host, const void *from, size_t bytes) = 0;  // after all queued work
+};
+
+class CpuDevice final : public Device {
+ public:
+  int32_t kind() const override { return TQ_DEVICE_CPU; }
+  int32_t ordinal() const override { return 0; }
+  void *allocate(size_t bytes) override { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
+  void release(void *pointer) override { std::free(pointer); }
+  void upload(void *to, const void *host, size_t bytes) override { std::memcpy(to, host, bytes); }
+  void download(void *host, const void *from, size_t bytes) override { std::memcpy(host, from, bytes); }
+};
+
+// A way to run the library: a device and, on the CPU, an instruction set.
+struct Target {
+  Device *device;
+  int32_t simd;
+  std::string name;
+};
+
+// Every target this machine can run; the scalar one comes first.
+const std::vector<Target> &targets();
+
+// Device bytes between guards that nobody may write, poisoned with NaN patterns (0xff) until uploaded.
+class Bytes {
+ public:
+  static constexpr size_t kGuard = 256;
+
+  // `misalign`: bytes past a 256-byte boundary.
+  Bytes(Device &device, size_t bytes, size_t misalign = 0) : device_(device), bytes_(bytes), misalign_(misalign) {
+    block_ = static_cast<uint8_t *>(device.allocate(total()));
+    std::vector<uint8_t> image(total(), 0xc5);
+    std::fill(image.begin() + std::ptrdiff_t(begin()), image.begin() + std::ptrdiff_t(begin() + bytes), uint8_t(0xff));
+    device.upload(block_, image.data(), image.size());
+  }
+  template <class T>
+  Bytes(Device &device, const std::vector<T> &host, size_t misalign = 0)
+      : Bytes(device, host.size() * sizeof(T), misalign) {
+    upload(host.data());
+  }
+  ~Bytes() { device_.release(block_); }
+  Bytes(const Bytes &) = delete;
+  Bytes &operator=(const Bytes &) = delete;
+
+  size_t size() const { return bytes_; }
+  void *data() const { return block_ + begin(); }
+  template <class T>
+  T *as() const {
+    return reinterpret_cast<T *>(block_ + begin());
+  }
+  void upload(const void *host) {
+    if (bytes_) device_.upload(data(), host, bytes_);
+  }
+  // The content, after a check that the guards are whole.
+  template <class T = uint8_t>
+  std::vector<T> download() const {
+    std::vector<uint8_t> image(total());
+    device_.download(image.data(), block_, image.size());
+    bool guards_intact = true;
+    for (size_t i = 0; i < image.size(); ++i) {
+      if (i < begin() || i >= begin() + bytes_) guards_intact = guards_intact && image[i] == 0xc5;
+    }
+    CHECK(guards_intact);
+    std::vector<T> host(bytes_ / sizeof(T));
+    if (bytes_) std::memcpy(host.data(), image.data() + begin(), host.size() * sizeof(T));
+    return host;
+  }
+  bool poisoned() const {
+    for (uint8_t byte : download()) {
+      if (byte != 0xff) return false;
+    }
+    return true;
+  }
+
+ private:
+  size_t begin() const { return kGuard + misalign_; }
+  size_t total() const { return begin() + bytes_ + kGuard; }
+
+  Device &device_;
+  uint8_t *block_ = nullptr;
+  size_t bytes_, misalign_;
+};

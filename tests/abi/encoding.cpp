@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "encoding.hpp"
+
+#include <algorithm>
+
+Record record_at(const oracle::Side &side, const Encoded &encoded, int64_t index) {
+  Record record;
+  const uint8_t *bytes = encoded.codes.data() + index * side.code_bytes();
+  record.bytes.assign(bytes, bytes + side.code_bytes());
+  if (side.raw()) return record;
+  record.codes = oracle::read_codes(bytes, side.head_dim, side.bits);
+  record.scale = oracle::read_element(encoded.scales.data(), side.scale_type, index);
+  return record;
+}
+
+oracle::Vector levels_of(const oracle::Side &side, const Record &record) {
+  oracle::Vector levels;
+  for (int code : record.codes) levels.push_back(side.level_unit * side.step(code));
+  return levels;
+}
+
+Interval factors(const oracle::Side &side, const Record &record, const oracle::Vector &y, double slack) {
+  Interval interval;
+  const int lowest = side.bits == 8 ? -128 : 0, highest = side.bits == 8 ? 127 : (1 << side.bits) - 1;
+  for (size_t c = 0; c < y.size(); ++c) {
+    const int code = record.codes[c];
+    const double upper = code == highest ? std::numeric_limits<double>::infinity()
+                                         : (side.step(code) + side.step(code + 1)) / 2;
+    const double lower = code == lowest ? -std::numeric_limits<double>::infinity()
+                                        : (side.step(code) + side.step(code - 1)) / 2;
+    // lower <= factor * y' <= upper for some y' within slack of y.
+    const double smallest = y[c] - slack, largest = y[c] + slack;
+    if (largest > 0) {
+      interval.low = std::max(interval.low, lower / largest);
+    } else if (lower > 0) {
+      interval.high = -1;  // a value that is surely negative can not have a positive level
+    } else if (largest < 0 && std::isfinite(lower)) {
+      interval.high = std::min(interval.high, lower / largest);
+    }
+    if (smallest < 0) {
+      interval.low = std::max(interval.low, upper / smallest);
+    } else if (upper < 0) {
+      interval.high = -1;
+    } else if (smallest > 0) {
+      interval.high = std::min(interval.high, upper / smallest);
+    }
+  }
+  return interval;
+}
+
+double scale_formula(int32_t rule, const oracle::Vector &y, const oracle::Vector &levels) {
+  const double xx = oracle::dot(y, y), xc = oracle::dot(y, levels), cc = oracle::dot(levels, levels);
+  if (rule == TQ_SCALE_LEAST_MSE) return xc / cc;
+  if (rule == TQ_SCALE_NORM) return std::sqrt(xx / cc);
+  return xx / xc;
+}
+
+double scale_tolerance(int32_t type, double scale, int head_dim) {
+  const double arithmetic = 0x1p-24 * 8 * std::sqrt(double(head_dim)) * scale;
+  if (type == TQ_TYPE_F32) return arithmetic + 0x1p-149;
+  return arithmetic + std::max(0x1p-11 * scale, 0x1p-25);
+}

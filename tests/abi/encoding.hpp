@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// What encoded vectors must satisfy, from tqkv.h alone: nearest levels and the rules' formulas, in doubles.
+#pragma once
+
+#include "support.hpp"
+
+struct Record {
+  std::vector<int> codes;
+  double scale = 1;
+  std::vector<uint8_t> bytes;
+};
+Record record_at(const oracle::Side &side, const Encoded &encoded, int64_t index);
+
+// Levels in units of level_unit.
+oracle::Vector levels_of(const oracle::Side &side, const Record &record);
+
+// The factors that make every code of the vector the nearest level to its coordinate times the factor, given that
+// coordinates are known to within `slack`. Empty (low > high) if there is none.
+struct Interval {
+  double low = 0, high = std::numeric_limits<double>::infinity();
+};
+Interval factors(const oracle::Side &side, const Record &record, const oracle::Vector &y, double slack);
+
+double scale_formula(int32_t rule, const oracle::Vector &y, const oracle::Vector &levels);
+
+// Half a unit in the last place of a scale of this type, and what f32 arithmetic over head_dim terms may add.
+double scale_tolerance(int32_t type, double scale, int head_dim);
