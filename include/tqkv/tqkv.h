@@ -560,7 +560,7 @@ typedef struct tq_merge_args {
 
 /* Merges attention over disjoint sets of keys: out = sum_i exp(lse_i - m) states_i / sum_i exp(lse_i - m). States with
  * lse -inf are ignored whatever they hold; rows with no other state give zeros and -inf. Sinks may have been part of
- * one state only. Summed in the order of the states. */
+ * one state only, one that sees a key. Summed in the order of the states. */
 TQKV_API tq_status tq_merge_states(const tq_codec *codec, const tq_merge_args *args);
 
 /* -------------------------------------------------------------------------------------------------- planning -- */

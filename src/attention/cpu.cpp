@@ -126,7 +126,6 @@ class Piece {
       }
     }
     for (int64_t chunk = range.low / kTileTokens * kTileTokens; chunk < range.high; chunk += kChunkTokens) {
-      prefetch_chunk(chunk + kChunkTokens, range.high);
       if (!run_chunk(chunk, int(std::min<int64_t>(kChunkTokens, range.high - chunk)))) return false;
     }
     for (int r = 0; r < rows_; ++r) write_state(r, split);
@@ -187,21 +186,6 @@ class Piece {
     return pool.tile(int64_t{blocks[0]} * size, kv_head_);
   }
 
-  // Asks for what the next chunk reads first: its tiles are anywhere in memory, where the processor cannot foresee them.
-  void prefetch_chunk(int64_t chunk, int64_t high) const {
-    const TileLayout &layout = call_.pool.layout;
-    for (int64_t j = chunk; j < std::min(chunk + kChunkTokens, std::min(high, sequence_.coded_length));
-         j += kTileTokens) {
-      const uint8_t *tile = whole_tile(j, high);
-      if (tile == nullptr) continue;
-      constexpr int kLine = 64;
-      for (const int64_t at : {int64_t{0}, int64_t{kLine}, layout.v_codes, layout.v_codes + kLine, layout.k_scales,
-                               layout.bytes - 1}) {
-        __builtin_prefetch(tile + at);
-      }
-    }
-  }
-
   // Whether all keys of [low, high) are read from the pool's codes.
   bool all_coded(int64_t low, int64_t high) const {
     if (!k_coded() || !v_coded() || high > sequence_.coded_length) return false;
@@ -226,7 +210,10 @@ class Piece {
       if (seen.low >= seen.high) continue;
       tile.seen = true;
       if (all_coded(chunk + seen.low, chunk + seen.high)) tile.whole = whole_tile(chunk + begin, chunk + seen.high);
-      if (tile.whole != nullptr) continue;
+      if (tile.whole != nullptr) {
+        __builtin_prefetch(tile.whole + call_.pool.layout.k_scales);
+        continue;
+      }
       single_ = true;
       std::fill_n(source_ + begin, kTileTokens, Source::kNone);
       for (int r = 0; r < rows_; ++r) {
@@ -517,12 +504,16 @@ void run_attention_cpu(const AttentionCall &call, const AttentionWorkspace &work
     }
   });
 
-  codec.parallel->run(call.num_seqs, [&](int64_t s) {
+  codec.parallel->run(call.num_seqs * token_blocks, [&](int64_t index) {
+    const int64_t s = index / token_blocks, begin = index % token_blocks * token_block;
     if (sequence_states[s] == kBadRows) return;
-    if (sequence_states[s] == kBadBlock) count_fault(call.faults, TQ_FAULT_BLOCK, s);
+    if (sequence_states[s] == kBadBlock && begin == 0) count_fault(call.faults, TQ_FAULT_BLOCK, s);
     Sequence sequence;
     (void)read_sequence(call, s, 0, &sequence);
-    for (int64_t i = 0; i < sequence.q_len; ++i) {
+    // A sequence that is bad for having more rows than it may gets its zeros too.
+    const bool last = index % token_blocks == token_blocks - 1;
+    const int64_t end = last ? sequence.q_len : std::min(begin + token_block, sequence.q_len);
+    for (int64_t i = begin; i < end; ++i) {
       for (int64_t head = 0; head < call.q_heads; ++head) {
         finish_row(call, workspace, sequence.begin + i, head, sequence_states[s] == kGood);
       }

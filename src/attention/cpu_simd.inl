@@ -7,7 +7,6 @@
 // linker keeps one copy for all of them, which must not be one of these.
 
 #define HWY_IS_DEBUG_BUILD 0  // its assertions call libhwy, which is not linked
-#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "attention/cpu.hpp"
@@ -41,13 +40,13 @@ constexpr int kScoreTokens = kScoreTiles * kTileTokens;
 constexpr int kValueRows = kLanes == 8 ? 2 : kRows;
 constexpr int kValueChannels = 4;
 
+// Tiles are anywhere in memory, where the processor cannot foresee them: those of K are asked for one step ahead, those
+// of V, which are read a word at a time, this many words ahead (measured).
+constexpr int kWordsAhead = 4;
+constexpr int kLineBytes = 64;
+
 int min_of(int a, int b) {
   return a < b ? a : b;
-}
-
-// Asks for bytes that are read soon: tiles are anywhere in memory.
-void prefetch(const uint8_t *bytes, int count) {
-  for (int i = 0; i < count; i += 64) hwy::Prefetch(bytes + i);
 }
 
 // ---- words: word w of a plane for neighbouring tokens, at words[w * stride + token]
@@ -73,17 +72,18 @@ void load_k_words(const Side &k, const uint8_t *codes, uint32_t *words, int stri
     for (; e + 16 <= bytes; e += 16, words += 4 * stride) {
       for (int t = 0; t < kTileTokens; t += kLanes) {
         const uint8_t *block = codes + t * bytes + e;
-        const U a = load_blocks(du, block, 4 * bytes), b = load_blocks(du, block + bytes, 4 * bytes);
-        const U c = load_blocks(du, block + 2 * bytes, 4 * bytes), e4 = load_blocks(du, block + 3 * bytes, 4 * bytes);
+        const U row0 = load_blocks(du, block, 4 * bytes), row1 = load_blocks(du, block + bytes, 4 * bytes);
+        const U row2 = load_blocks(du, block + 2 * bytes, 4 * bytes),
+                row3 = load_blocks(du, block + 3 * bytes, 4 * bytes);
         const hn::Repartition<uint64_t, DU> d64;
-        const auto ab01 = hn::BitCast(d64, hn::InterleaveLower(du, a, b));
-        const auto ab23 = hn::BitCast(d64, hn::InterleaveUpper(du, a, b));
-        const auto cd01 = hn::BitCast(d64, hn::InterleaveLower(du, c, e4));
-        const auto cd23 = hn::BitCast(d64, hn::InterleaveUpper(du, c, e4));
-        hn::StoreU(hn::BitCast(du, hn::InterleaveLower(d64, ab01, cd01)), du, words + t);
-        hn::StoreU(hn::BitCast(du, hn::InterleaveUpper(d64, ab01, cd01)), du, words + stride + t);
-        hn::StoreU(hn::BitCast(du, hn::InterleaveLower(d64, ab23, cd23)), du, words + 2 * stride + t);
-        hn::StoreU(hn::BitCast(du, hn::InterleaveUpper(d64, ab23, cd23)), du, words + 3 * stride + t);
+        const auto low01 = hn::BitCast(d64, hn::InterleaveLower(du, row0, row1));
+        const auto low23 = hn::BitCast(d64, hn::InterleaveLower(du, row2, row3));
+        const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(du, row0, row1));
+        const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(du, row2, row3));
+        hn::Store(hn::BitCast(du, hn::InterleaveLower(d64, low01, low23)), du, words + t);
+        hn::Store(hn::BitCast(du, hn::InterleaveUpper(d64, low01, low23)), du, words + stride + t);
+        hn::Store(hn::BitCast(du, hn::InterleaveLower(d64, high01, high23)), du, words + 2 * stride + t);
+        hn::Store(hn::BitCast(du, hn::InterleaveUpper(d64, high01, high23)), du, words + 3 * stride + t);
       }
     }
     for (; e < bytes; e += 4, words += stride) {  // single words, and the half word that may end a plane
@@ -110,6 +110,7 @@ void load_v_words(const uint8_t *const *codes, int num_tiles, int start, int byt
       }
       continue;
     }
+    __builtin_prefetch(plane + 4 * kTileTokens * (word + kWordsAhead));
     for (int t = 0; t < kTileTokens; t += kLanes) {
       const auto bytes_of_4 = hn::LoadU(d8, plane + 4 * kTileTokens * word + 4 * t);
       hn::Store(hn::BitCast(du, hn::TableLookupBytes(bytes_of_4, transpose)), du, words + t);
@@ -295,7 +296,8 @@ void score_tiles(const Side &k, const uint8_t *const *codes, int num_tiles, cons
     const int tiles = min_of(kScoreTiles, num_tiles - tile), at = tile * kTileTokens;
     for (int i = 0; i < kScoreTiles; ++i) {  // an odd last tile stands in for its neighbour
       load_k_words(k, codes[tile + min_of(i, tiles - 1)], words + i * kTileTokens, kScoreTokens);
-      if (tile + kScoreTiles + i < num_tiles) prefetch(codes[tile + kScoreTiles + i], kTileTokens * k.code_bytes());
+      const uint8_t *next = codes[min_of(tile + kScoreTiles + i, num_tiles - 1)];
+      for (int e = 0; e < kTileTokens * record_bytes(k.head_dim, k.bits); e += kLineBytes) __builtin_prefetch(next + e);
     }
     for_row_blocks<kRows>(
         k.bits, rows, Scores{table, shifts, words, ones, queries, scales + at, bias, tiles * kTileTokens, scores + at});

@@ -55,6 +55,14 @@ HWY_INLINE U float_to_bits(F v) {
   return hn::BitCast(kU, v);
 }
 
+// Side's own functions are the kind that the linker shares.
+HWY_INLINE int code_bytes(const Side &side) {
+  return record_bytes(side.head_dim, side.bits);
+}
+HWY_INLINE int scale_bytes(const Side &side) {
+  return side.scale_type == TQ_TYPE_F32 ? 4 : 2;
+}
+
 HWY_INLINE U shifted_left(U v, int count) {  // right where negative
   return count >= 0 ? hn::ShiftLeftSame(v, count) : hn::ShiftRightSame(v, -count);
 }
@@ -608,7 +616,7 @@ void encode_lanes(const Side &side, const float *rows, int n, uint8_t *records, 
                       : side.bits == 3 ? quantize<3>(side, y.of, norm2, words.of)
                       : side.bits == 4 ? quantize<4>(side, y.of, norm2, words.of)
                                        : quantize8(side.head_dim, y.of, words.of);
-  store_words(words, n, side.code_bytes(), records);
+  store_words(words, n, code_bytes(side), records);
 
   const F value = choose_scales(side.scale_rule, norm2, q, side.scale_gain);
   const F most = hn::Set(kF, side.scale_type == TQ_TYPE_F32 ? FLT_MAX : 65504.0f);
@@ -616,7 +624,7 @@ void encode_lanes(const Side &side, const float *rows, int n, uint8_t *records, 
   alignas(64) uint8_t rounded[kLanes * 4];
   hn::Store(hn::Min(value, most), kF, kept);
   from_f32_of_type(kept, side.scale_type, kLanes, rounded);
-  std::memcpy(scales, rounded, size_t(n * side.scale_bytes()));
+  std::memcpy(scales, rounded, size_t(n * scale_bytes(side)));
 
   uint8_t clamped[8] = {}, usual[8] = {};  // one bit a lane
   hn::StoreMaskBits(kF, hn::Gt(value, most), clamped);
@@ -628,7 +636,7 @@ void encode_lanes(const Side &side, const float *rows, int n, uint8_t *records, 
     } else {
       float row[kMaxHeadDim];
       std::memcpy(row, rows + i * side.head_dim, size_t(side.head_dim) * sizeof(float));
-      encoded[i] = encode_vector(side, row, records + i * side.code_bytes(), scales + i * side.scale_bytes());
+      encoded[i] = encode_vector(side, row, records + i * code_bytes(side), scales + i * scale_bytes(side));
     }
   }
 }
@@ -689,7 +697,7 @@ void decode_levels(const Side &side, const uint32_t *words, float *x) {
 
 void decode_lanes(const Side &side, const uint8_t *records, const uint8_t *scales, int n, float *rows) {
   Words words;
-  load_words(records, n, side.code_bytes(), words);
+  load_words(records, n, code_bytes(side), words);
   Channels x;
   if (side.bits == 1) decode_levels<1>(side, words.of, x.of);
   if (side.bits == 2) decode_levels<2>(side, words.of, x.of);
@@ -698,7 +706,7 @@ void decode_lanes(const Side &side, const uint8_t *records, const uint8_t *scale
   if (side.bits == 8) decode_levels<8>(side, words.of, x.of);
   alignas(64) uint8_t aligned_scales[kLanes * 4] = {};
   alignas(64) float gains[kLanes];
-  std::memcpy(aligned_scales, scales, size_t(n * side.scale_bytes()));
+  std::memcpy(aligned_scales, scales, size_t(n * scale_bytes(side)));
   to_f32_of_type(aligned_scales, side.scale_type, kLanes, gains);
   hn::Store(hn::Mul(hn::Load(kF, gains), hn::Set(kF, side.decode_gain)), kF, gains);
   store_rotated_back(side, x.of, gains, n, rows);
@@ -706,14 +714,14 @@ void decode_lanes(const Side &side, const uint8_t *records, const uint8_t *scale
 
 void encode(const Side &side, float *rows, int n, uint8_t *records, void *scales, Encoded *encoded) {
   for (int i = 0; i < n; i += kLanes) {
-    encode_lanes(side, rows + i * side.head_dim, n - i < kLanes ? n - i : kLanes, records + i * side.code_bytes(),
-                 static_cast<uint8_t *>(scales) + i * side.scale_bytes(), encoded + i);
+    encode_lanes(side, rows + i * side.head_dim, n - i < kLanes ? n - i : kLanes, records + i * code_bytes(side),
+                 static_cast<uint8_t *>(scales) + i * scale_bytes(side), encoded + i);
   }
 }
 
 void decode(const Side &side, const uint8_t *records, const void *scales, int n, float *rows) {
   for (int i = 0; i < n; i += kLanes) {
-    decode_lanes(side, records + i * side.code_bytes(), static_cast<const uint8_t *>(scales) + i * side.scale_bytes(),
+    decode_lanes(side, records + i * code_bytes(side), static_cast<const uint8_t *>(scales) + i * scale_bytes(side),
                  n - i < kLanes ? n - i : kLanes, rows + i * side.head_dim);
   }
 }

@@ -97,8 +97,8 @@ TEST_CASE("lengths around the edges, and bad ones") {
       config.block_size_tokens = block;
       const int64_t columns = 3;
       const int32_t capacity = int32_t(3 * block);
-      const std::vector<int32_t> lengths = {0,           1,         block - 1, block,          block + 1,
-                                            capacity - 1, capacity, capacity + 1, -1, INT32_MIN, INT32_MAX};
+      const std::vector<int32_t> lengths = {
+          0, 1, block - 1, block, block + 1, capacity - 1, capacity, capacity + 1, -1, INT32_MIN, INT32_MAX};
       const auto scenario = plain_scenario(random, target, config, 3, lengths, columns);
       INFO(target.name << ' ' << scenario->describe());
       const AttentionRun got = scenario->run_on(target);
@@ -231,7 +231,7 @@ TEST_CASE("the key offset restores the original logits") {
     Scenario &s = *scenario;
     std::vector<double> k = normals(random, 112 * 2 * 128), v = normals(random, 112 * 2 * 128);
     std::vector<float> offset(2 * 128, 0.0f);
-    offset[5] = 60, offset[128 + 99] = -45;
+    offset[5] = 300, offset[128 + 99] = -200;
     for (size_t i = 0; i < k.size(); ++i) k[i] += offset[i % 256];
     const auto error_with = [&](bool with_offset) {
       StoreCall call;
@@ -248,7 +248,8 @@ TEST_CASE("the key offset restores the original logits") {
       const oracle::Loader original = [&](bool, int32_t side, int64_t slot, int head) {
         const std::vector<double> &source = side == TQ_SIDE_K ? k : v;
         oracle::Vector row(source.begin() + (slot * 2 + head) * 128, source.begin() + (slot * 2 + head + 1) * 128);
-        for (int c = 0; c < 128 && side == TQ_SIDE_K && with_offset; ++c) row[size_t(c)] -= offset[size_t(head * 128 + c)];
+        for (int c = 0; c < 128 && side == TQ_SIDE_K && with_offset; ++c)
+          row[size_t(c)] -= offset[size_t(head * 128 + c)];
         return row;
       };
       const oracle::Attention exact = expected(*s.reader, s.call, original);
@@ -332,9 +333,12 @@ TEST_CASE("bad row offsets, and queries or lengths over their bounds, cost only 
       CHECK(TQ_FAULT_FIRST_INDEX(got.faults.first) == first);
     };
     // A sequence whose rows are unknown is not written: the oracle marks its rows as untouched.
-    for (const std::vector<int32_t> &offsets :
-         {std::vector<int32_t>{0, 2, 1, 5, 6}, {0, 2, 3, 5, 8}, {0, 2, 3, INT32_MAX, 6}, {-1, 2, 3, 5, 6},
-          {INT32_MIN, 2, 3, 5, 6}, {0, INT32_MIN, 3, 5, 6}}) {
+    for (const std::vector<int32_t> &offsets : {std::vector<int32_t>{0, 2, 1, 5, 6},
+                                                {0, 2, 3, 5, 8},
+                                                {0, 2, 3, INT32_MAX, 6},
+                                                {-1, 2, 3, 5, 6},
+                                                {INT32_MIN, 2, 3, 5, 6},
+                                                {0, INT32_MIN, 3, 5, 6}}) {
       auto s = fresh();
       s->call.cu_seqlens = offsets;
       INFO(s->describe());

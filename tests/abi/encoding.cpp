@@ -24,10 +24,10 @@ Interval factors(const oracle::Side &side, const Record &record, const oracle::V
   const int lowest = side.bits == 8 ? -128 : 0, highest = side.bits == 8 ? 127 : (1 << side.bits) - 1;
   for (size_t c = 0; c < y.size(); ++c) {
     const int code = record.codes[c];
-    const double upper = code == highest ? std::numeric_limits<double>::infinity()
-                                         : (side.step(code) + side.step(code + 1)) / 2;
-    const double lower = code == lowest ? -std::numeric_limits<double>::infinity()
-                                        : (side.step(code) + side.step(code - 1)) / 2;
+    const double upper =
+        code == highest ? std::numeric_limits<double>::infinity() : (side.step(code) + side.step(code + 1)) / 2;
+    const double lower =
+        code == lowest ? -std::numeric_limits<double>::infinity() : (side.step(code) + side.step(code - 1)) / 2;
     // lower <= factor * y' <= upper for some y' within slack of y.
     const double smallest = y[c] - slack, largest = y[c] + slack;
     if (largest > 0) {

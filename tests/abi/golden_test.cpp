@@ -145,7 +145,8 @@ TEST_CASE("golden rotations") {
       }
     }
   }
-  golden.finish("Base Hadamard matrices by rows, and the sign bits of the rounds (channel c: bit c % 8 of byte c / 8).");
+  golden.finish(
+      "Base Hadamard matrices by rows, and the sign bits of the rounds (channel c: bit c % 8 of byte c / 8).");
 }
 
 TEST_CASE("golden codebooks") {
@@ -193,7 +194,8 @@ TEST_CASE("golden records") {
             const std::vector<double> x = fixed_values(head_dim, 0);
             const Encoded encoded =
                 encode(target, codec.get(), TQ_SIDE_K, encode_elements(x, TQ_TYPE_F16), TQ_TYPE_F16);
-            const std::string name = codec_name(config, "K", config.k) + (bits == 16 ? "" : " rule=" + std::to_string(rule));
+            const std::string name =
+                codec_name(config, "K", config.k) + (bits == 16 ? "" : " rule=" + std::to_string(rule));
             INFO(target.name << ' ' << name);
 
             // What is stored means what it should.
@@ -225,7 +227,8 @@ TEST_CASE("golden records") {
 
 TEST_CASE("golden pages") {
   Golden golden("pages.txt");
-  const std::tuple<int, int, int, int> kinds[] = {{64, 64, 4, 3}, {48, 80, 3, 1}, {48, 16, 2, 8}, {32, 48, 16, 4}, {112, 16, 1, 2}};
+  const std::tuple<int, int, int, int> kinds[] = {
+      {64, 64, 4, 3}, {48, 80, 3, 1}, {48, 16, 2, 8}, {32, 48, 16, 4}, {112, 16, 1, 2}};
   for (const Target &target : targets()) {
     for (const auto &[dim_k, dim_v, bits_k, bits_v] : kinds) {
       tq_config config = make_config(target, dim_k, bits_k, bits_v);

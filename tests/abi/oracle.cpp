@@ -47,10 +47,14 @@ int chi(int a, int q) {
   return -1;
 }
 
-bool bit_of(const uint8_t *bytes, int64_t bit) { return (bytes[bit / 8] >> (bit % 8)) & 1; }
+bool bit_of(const uint8_t *bytes, int64_t bit) {
+  return (bytes[bit / 8] >> (bit % 8)) & 1;
+}
 
 // Bit positions inside a plane, counted from its first byte.
-int64_t two_bit_plane_position(int c) { return 32 * (c >> 4) + 4 * (c & 7) + 2 * ((c >> 3) & 1); }
+int64_t two_bit_plane_position(int c) {
+  return 32 * (c >> 4) + 4 * (c & 7) + 2 * ((c >> 3) & 1);
+}
 
 int64_t one_bit_plane_position(int c, int head_dim) {
   const bool half_word = head_dim % 32 == 16 && c >= head_dim - 16;
@@ -104,7 +108,9 @@ uint16_t to_bf16(double value) {
   return uint16_t((bits >> 16) + (rest > 0x8000 || (rest == 0x8000 && odd)));
 }
 
-int64_t type_bytes(int32_t type) { return type == TQ_TYPE_F32 ? 4 : 2; }
+int64_t type_bytes(int32_t type) {
+  return type == TQ_TYPE_F32 ? 4 : 2;
+}
 
 double read_element(const void *array, int32_t type, int64_t index) {
   if (type == TQ_TYPE_F32) {
@@ -158,7 +164,9 @@ double norm(const Vector &x) {
   return largest * std::sqrt(sum);
 }
 
-bool hadamard_exists(int head_dim) { return hadamard_base_order(head_dim) != 0; }
+bool hadamard_exists(int head_dim) {
+  return hadamard_base_order(head_dim) != 0;
+}
 
 Matrix base_hadamard(int order) {
   Matrix h(order);
@@ -356,8 +364,7 @@ void for_each_byte(const Codec &codec, bool exact, const Pool &pool, int32_t whi
   const Side &side = codec.side(exact, which);
   const Side &k = codec.side(exact, TQ_SIDE_K), &v = codec.side(exact, TQ_SIDE_V);
   const int64_t span = std::max(codec.block(exact), 16);
-  const int64_t tile =
-      slot / span * pool.block_stride + slot % span / 16 * pool.tile_stride + head * pool.head_stride;
+  const int64_t tile = slot / span * pool.block_stride + slot % span / 16 * pool.tile_stride + head * pool.head_stride;
   const int64_t t = slot % 16;
   int64_t offset = tile + (which == TQ_SIDE_V ? 16 * k.code_bytes() : 0);
   if (side.raw()) {
@@ -428,7 +435,8 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
   const auto fetch = [&](bool exact, int32_t side, int64_t slot, int head) -> const Vector & {
     Vector &vector = decoded[{exact, side, slot, head}];
     if (vector.empty()) {
-      vector = loader ? loader(exact, side, slot, head) : load(codec, exact, exact ? exact_pool : pool, side, slot, head);
+      vector =
+          loader ? loader(exact, side, slot, head) : load(codec, exact, exact ? exact_pool : pool, side, slot, head);
     }
     return vector;
   };
@@ -444,7 +452,8 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
     Vector &vector = given[{side, row, head}];
     if (!vector.empty()) return vector;
     const bool keys = side == TQ_SIDE_K;
-    const int64_t first = keys ? row * kn_token_stride + head * kn_head_stride : row * vn_token_stride + head * vn_head_stride;
+    const int64_t first =
+        keys ? row * kn_token_stride + head * kn_head_stride : row * vn_token_stride + head * vn_head_stride;
     for (int c = 0; c < (keys ? head_dim_k : head_dim_v); ++c) {
       vector.push_back(read_element(keys ? args.k_new : args.v_new, args.q_type, first + c));
     }
@@ -469,7 +478,8 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
       continue;
     }
     if (length == 0) continue;  // nothing of its tables is needed
-    int64_t columns = args.table_columns, first_column = int64_t(s) * stride(args.block_table_stride, args.table_columns);
+    int64_t columns = args.table_columns,
+            first_column = int64_t(s) * stride(args.block_table_stride, args.table_columns);
     const int32_t *table = args.block_table;
     if (!table) {
       table = args.block_indices;
@@ -552,7 +562,8 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
         for (const auto &[j, place] : places) {
           if (!visible(j, p)) continue;
           const auto [is_exact, slot, kind] = std::tuple(place.kind == Place::kExact, place.slot, place.kind);
-          const Vector *value = kind == Place::kNew ? &fetch_new(TQ_SIDE_V, slot, g) : &fetch(is_exact, TQ_SIDE_V, slot, g);
+          const Vector *value =
+              kind == Place::kNew ? &fetch_new(TQ_SIDE_V, slot, g) : &fetch(is_exact, TQ_SIDE_V, slot, g);
           Vector key = kind == Place::kNew ? fetch_new(TQ_SIDE_K, slot, g) : fetch(is_exact, TQ_SIDE_K, slot, g);
           for (int c = 0; c < head_dim_k && kind == Place::kCoded && args.key_offset; ++c) {
             key[size_t(c)] += args.key_offset[int64_t(g) * head_dim_k + c];

@@ -38,7 +38,7 @@ double dot(const Vector &x, const Vector &y);
 
 // The random rotations, from their written specification.
 bool hadamard_exists(int head_dim);
-Matrix base_hadamard(int order);                             // 1, 12, 20, 28, 36: entries +-1
+Matrix base_hadamard(int order);  // 1, 12, 20, 28, 36: entries +-1
 std::vector<int> rotation_signs(int head_dim, int32_t side, int round, uint64_t seed);  // +-1
 Matrix hadamard_rotation(int head_dim, int32_t side, int rounds, uint64_t seed);
 Matrix dense_rotation(int head_dim, int32_t side, uint64_t seed);
@@ -105,8 +105,8 @@ struct Attention {
   Vector lse;                 // [num_tokens, q_heads]
   Vector magnitude;           // [num_tokens, q_heads]: norm of sum p_j |v_j|, what rounding errors are relative to
   Vector logit;               // [num_tokens, q_heads]: largest sum of a logit's terms' magnitudes, of keys that matter
-  std::set<int64_t> coded_slots, exact_slots, new_rows;  // read by some query
-  std::vector<int32_t> fault;                  // [num_seqs]: -1 or the TQ_FAULT kind
+  std::set<int64_t> coded_slots, exact_slots, new_rows;   // read by some query
+  std::vector<int32_t> fault;                             // [num_seqs]: -1 or the TQ_FAULT kind
   std::vector<std::set<int64_t>> entries, exact_entries;  // [num_seqs]: columns of the tables that are needed
 };
 // `args` with host pointers. Pages are decoded by `load` above, or by `loader` where given (same arguments).

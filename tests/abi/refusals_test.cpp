@@ -15,9 +15,13 @@ struct Case {
   std::function<void(Args &)> change;
 };
 
-const Target &scalar() { return targets().front(); }
+const Target &scalar() {
+  return targets().front();
+}
 
-bool names(const char *word) { return std::string(tq_last_error()).find(word) != std::string::npos; }
+bool names(const char *word) {
+  return std::string(tq_last_error()).find(word) != std::string::npos;
+}
 
 // The struct as a caller of a later version would have it: `extra` unknown bytes behind it.
 template <class Args>
@@ -84,7 +88,8 @@ TEST_CASE("statuses have names") {
     CHECK(std::string(tq_status_string(status)) != "unknown status");
     CHECK(std::string(tq_status_string(status)).size() > 1);
   }
-  for (tq_status status : {-1, 10, 19, 44, 61, 1000000}) CHECK(std::string(tq_status_string(status)) == "unknown status");
+  for (tq_status status : {-1, 10, 19, 44, 61, 1000000})
+    CHECK(std::string(tq_status_string(status)) == "unknown status");
 }
 
 TEST_CASE("tq_config_init refuses and clears") {
@@ -109,9 +114,9 @@ TEST_CASE("tq_config_init refuses and clears") {
 }
 
 TEST_CASE("presets have their documented sizes") {
-  const std::pair<const char *, int> sizes[] = {{"k4v4", 132}, {"safe", 132},    {"k4v3", 116}, {"balanced", 116},
-                                                {"k3v3", 100}, {"compact", 100}, {"k4v2", 100}, {"k3v2", 84},
-                                                {"aggressive", 84}, {"k2v2", 68}, {"raw", 512}};
+  const std::pair<const char *, int> sizes[] = {{"k4v4", 132},      {"safe", 132},    {"k4v3", 116}, {"balanced", 116},
+                                                {"k3v3", 100},      {"compact", 100}, {"k4v2", 100}, {"k3v2", 84},
+                                                {"aggressive", 84}, {"k2v2", 68},     {"raw", 512}};
   for (const auto &[name, bytes] : sizes) {
     tq_config config;
     REQUIRE(tq_config_init(&config, sizeof config, name) == TQ_OK);
@@ -138,8 +143,8 @@ TEST_CASE("tq_create and tq_supports refuse alike") {
     c.k.codebook = TQ_CODEBOOK_CUSTOM;
     c.k.num_levels = 16;
     c.k.levels = bad_levels;
-    if (which == 0) bad_levels[3] = bad_levels[2];       // not ascending
-    if (which == 1) bad_levels[15] = 40;                 // not symmetric
+    if (which == 0) bad_levels[3] = bad_levels[2];  // not ascending
+    if (which == 1) bad_levels[15] = 40;            // not symmetric
     if (which == 2) bad_levels[4] = std::nanf("");
     if (which == 3) bad_levels[15] = std::numeric_limits<float>::infinity();
   };
@@ -192,7 +197,8 @@ TEST_CASE("tq_create and tq_supports refuse alike") {
       {"threads", TQ_ERROR_INVALID_ARGUMENT,
        [](Config &c) { c.parallel_for = [](void *, int64_t, void (*)(void *, int64_t), void *) {}; }},
   };
-  refuse(good_config(), cases, [](const Config *config) { return tq_supports(config); }, [] { return true; });
+  refuse(
+      good_config(), cases, [](const Config *config) { return tq_supports(config); }, [] { return true; });
   tq_codec *const poison = reinterpret_cast<tq_codec *>(0x1234);
   tq_codec *codec = poison;
   refuse(
@@ -352,8 +358,9 @@ TEST_CASE("tq_encode and tq_decode refuse") {
       {"", TQ_ERROR_OVERFLOW, [](A &a) { a.count = INT64_MAX; }},
   };
   CHECK(tq_encode(nullptr, &good) == TQ_ERROR_NULL_POINTER);
-  refuse(good, cases, [&](const A *a) { return tq_encode(codec.get(), a); },
-         [&] { return codes.poisoned() && scales.poisoned(); });
+  refuse(
+      good, cases, [&](const A *a) { return tq_encode(codec.get(), a); },
+      [&] { return codes.poisoned() && scales.poisoned(); });
   A raw_good = good;
   raw_good.codes = raw_codes.data();
   raw_good.scales = nullptr;
@@ -362,8 +369,8 @@ TEST_CASE("tq_encode and tq_decode refuse") {
       {"codes", TQ_ERROR_MISALIGNED, [](A &a) { a.codes = misaligned(static_cast<char *>(a.codes)); }},
       {"codes", TQ_ERROR_MISALIGNED, [](A &a) { a.codes_stride_bytes = 129; }},
   };
-  refuse(raw_good, raw_cases, [&](const A *a) { return tq_encode(raw.get(), a); },
-         [&] { return raw_codes.poisoned(); });
+  refuse(
+      raw_good, raw_cases, [&](const A *a) { return tq_encode(raw.get(), a); }, [&] { return raw_codes.poisoned(); });
 
   const Bytes output(device, size_t{64 * 4 * 4});
   tq_decode_args back = {};
@@ -388,7 +395,8 @@ TEST_CASE("tq_encode and tq_decode refuse") {
       {"", TQ_ERROR_OVERFLOW, [](D &a) { a.count = INT64_MAX / 2; }},
   };
   CHECK(tq_decode(nullptr, &back) == TQ_ERROR_NULL_POINTER);
-  refuse(back, decode_cases, [&](const D *a) { return tq_decode(codec.get(), a); }, [&] { return output.poisoned(); });
+  refuse(
+      back, decode_cases, [&](const D *a) { return tq_decode(codec.get(), a); }, [&] { return output.poisoned(); });
 }
 
 namespace {
@@ -496,8 +504,9 @@ TEST_CASE("tq_cache_store refuses") {
   for (const auto &c : pages_cases<A>(&A::pages, &storage)) cases.push_back(c);
   for (const auto &c : pages_cases<A>(&A::exact_pages, &storage)) cases.push_back(c);
   CHECK(tq_cache_store(nullptr, &good) == TQ_ERROR_NULL_POINTER);
-  refuse(good, cases, [&](const A *a) { return tq_cache_store(s.codec.get(), a); },
-         [&] { return s.pool.poisoned() && s.exact.poisoned(); });
+  refuse(
+      good, cases, [&](const A *a) { return tq_cache_store(s.codec.get(), a); },
+      [&] { return s.pool.poisoned() && s.exact.poisoned(); });
 }
 
 TEST_CASE("tq_cache_load refuses") {
@@ -532,8 +541,9 @@ TEST_CASE("tq_cache_load refuses") {
   for (const auto &c : pages_cases<A>(&A::pages, &storage)) cases.push_back(c);
   for (const auto &c : pages_cases<A>(&A::exact_pages, &storage)) cases.push_back(c);
   CHECK(tq_cache_load(nullptr, &good) == TQ_ERROR_NULL_POINTER);
-  refuse(good, cases, [&](const A *a) { return tq_cache_load(s.codec.get(), a); },
-         [&] { return k.poisoned() && v.poisoned(); });
+  refuse(
+      good, cases, [&](const A *a) { return tq_cache_load(s.codec.get(), a); },
+      [&] { return k.poisoned() && v.poisoned(); });
 }
 
 TEST_CASE("tq_cache_copy refuses") {
@@ -571,8 +581,9 @@ TEST_CASE("tq_cache_copy refuses") {
   for (const auto &c : pages_cases<A>(&A::dst, &storage)) cases.push_back(c);
   for (const auto &c : pages_cases<A>(&A::exact_src, &storage)) cases.push_back(c);
   CHECK(tq_cache_copy(nullptr, &good) == TQ_ERROR_NULL_POINTER);
-  refuse(good, cases, [&](const A *a) { return tq_cache_copy(s.codec.get(), a); },
-         [&] { return s.other.poisoned() && s.exact.poisoned(); });
+  refuse(
+      good, cases, [&](const A *a) { return tq_cache_copy(s.codec.get(), a); },
+      [&] { return s.other.poisoned() && s.exact.poisoned(); });
 }
 
 TEST_CASE("tq_paged_attention and tq_attention_workspace refuse alike") {
@@ -730,8 +741,9 @@ TEST_CASE("tq_paged_attention and tq_attention_workspace refuse alike") {
   }
   for (const auto &c : pages_cases<A>(&A::pages, &storage)) cases.push_back(c);
   CHECK(tq_paged_attention(nullptr, &good) == TQ_ERROR_NULL_POINTER);
-  refuse(good, cases, [&](const A *a) { return tq_paged_attention(s.codec.get(), a); },
-         [&] { return out.poisoned() && lse.poisoned() && workspace.poisoned(); });
+  refuse(
+      good, cases, [&](const A *a) { return tq_paged_attention(s.codec.get(), a); },
+      [&] { return out.poisoned() && lse.poisoned() && workspace.poisoned(); });
 }
 
 TEST_CASE("tq_merge_states refuses") {
@@ -768,8 +780,9 @@ TEST_CASE("tq_merge_states refuses") {
       {"overflow", TQ_ERROR_OVERFLOW, [](A &a) { a.num_rows = INT64_MAX / 100; }},
   };
   CHECK(tq_merge_states(nullptr, &good) == TQ_ERROR_NULL_POINTER);
-  refuse(good, cases, [&](const A *a) { return tq_merge_states(codec.get(), a); },
-         [&] { return out.poisoned() && out_lse.poisoned(); });
+  refuse(
+      good, cases, [&](const A *a) { return tq_merge_states(codec.get(), a); },
+      [&] { return out.poisoned() && out_lse.poisoned(); });
 }
 
 TEST_CASE("pages of another codec are refused") {
@@ -780,14 +793,19 @@ TEST_CASE("pages of another codec are refused") {
   static float levels[16];
   for (int i = 0; i < 16; ++i) levels[i] = float(2 * i - 15);
   const std::vector<std::function<void(tq_config &)>> changes = {
-      [](tq_config &c) { c.k.head_dim = 80; },        [](tq_config &c) { c.v.head_dim = 80; },
-      [](tq_config &c) { c.k.bits = 3; },             [](tq_config &c) { c.v.bits = 16; },
-      [](tq_config &c) { c.seed = 1; },               [](tq_config &c) { c.k.rotation = TQ_ROTATION_NONE; },
-      [](tq_config &c) { c.v.hadamard_rounds = 2; },  [](tq_config &c) { c.k.rotation = TQ_ROTATION_DENSE; },
+      [](tq_config &c) { c.k.head_dim = 80; },
+      [](tq_config &c) { c.v.head_dim = 80; },
+      [](tq_config &c) { c.k.bits = 3; },
+      [](tq_config &c) { c.v.bits = 16; },
+      [](tq_config &c) { c.seed = 1; },
+      [](tq_config &c) { c.k.rotation = TQ_ROTATION_NONE; },
+      [](tq_config &c) { c.v.hadamard_rounds = 2; },
+      [](tq_config &c) { c.k.rotation = TQ_ROTATION_DENSE; },
       [](tq_config &c) { c.k.codebook = TQ_CODEBOOK_UNIFORM; },
       [](tq_config &c) { c.k.codebook = TQ_CODEBOOK_CUSTOM, c.k.num_levels = 16, c.k.levels = levels; },
       [](tq_config &c) { c.k.scale_type = TQ_TYPE_F32; },
-      [](tq_config &c) { c.k.scale_rule = TQ_SCALE_UNBIASED; }, [](tq_config &c) { c.k.scale_rule = TQ_SCALE_LEAST_MSE; },
+      [](tq_config &c) { c.k.scale_rule = TQ_SCALE_UNBIASED; },
+      [](tq_config &c) { c.k.scale_rule = TQ_SCALE_LEAST_MSE; },
   };
   for (size_t i = 0; i < changes.size(); ++i) {
     tq_config changed = base;

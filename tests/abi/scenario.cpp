@@ -9,10 +9,10 @@ std::string Scenario::describe() const {
   std::ostringstream text;
   text << ::describe(config) << "\n  q_heads " << a.q_heads << " q_type " << a.q_type << " out_type " << a.out_type
        << " flags " << a.flags << " tokens " << a.num_tokens << " scale " << a.scale << " soft_cap " << a.soft_cap
-       << " window " << a.window_tokens << " split " << a.split_tokens << " max_q_len " << a.max_q_len
-       << " max_length " << a.max_length_tokens << " columns " << a.table_columns << " csr "
-       << !call.block_indptr.empty() << " new " << !call.k_new.empty() << " sinks " << !call.sinks.empty() << " alibi "
-       << !call.alibi_slopes.empty() << " offset " << !call.key_offset.empty();
+       << " window " << a.window_tokens << " split " << a.split_tokens << " max_q_len " << a.max_q_len << " max_length "
+       << a.max_length_tokens << " columns " << a.table_columns << " csr " << !call.block_indptr.empty() << " new "
+       << !call.k_new.empty() << " sinks " << !call.sinks.empty() << " alibi " << !call.alibi_slopes.empty()
+       << " offset " << !call.key_offset.empty();
   if (call.exact_pool) {
     text << " exact S " << a.exact_first_tokens << " W " << a.exact_recent_tokens << " columns " << a.exact_columns;
   }
@@ -111,9 +111,9 @@ std::unique_ptr<Scenario> random_scenario(uint64_t seed, const Target &target, c
   for (int i = 0; i < num_seqs; ++i) {
     const int64_t columns = csr ? random.integer(0, capacity_blocks) : capacity_blocks;
     const int64_t capacity = columns * block, q_len = with_new ? q_len_of(i) : 0;
-    int64_t length = random.pick({int64_t{0}, int64_t{1}, int64_t{block - 1}, int64_t{block}, int64_t{block + 1},
-                                  capacity + q_len, random.integer(0, capacity), random.integer(0, capacity),
-                                  random.integer(0, capacity)});
+    int64_t length =
+        random.pick({int64_t{0}, int64_t{1}, int64_t{block - 1}, int64_t{block}, int64_t{block + 1}, capacity + q_len,
+                     random.integer(0, capacity), random.integer(0, capacity), random.integer(0, capacity)});
     length = std::min(length, capacity + q_len);
     if (length > 0) length = std::max(length, q_len);
     if (limits.faults && random.chance(0.08)) {
@@ -143,7 +143,8 @@ std::unique_ptr<Scenario> random_scenario(uint64_t seed, const Target &target, c
   if (random.chance(0.3)) args.window_tokens = int32_t(random.integer(1, capacity_blocks * block));
   if (random.chance(0.3)) {
     for (int i = 0; i < num_seqs; ++i) {
-      call.starts.push_back(int32_t(random.pick({int64_t{0}, random.integer(0, capacity_blocks * block), random.integer(0, 20)})));
+      call.starts.push_back(
+          int32_t(random.pick({int64_t{0}, random.integer(0, capacity_blocks * block), random.integer(0, 20)})));
     }
   }
 
@@ -167,7 +168,11 @@ std::unique_ptr<Scenario> random_scenario(uint64_t seed, const Target &target, c
   }
 
   if (random.chance(0.3)) {
-    for (int h = 0; h < args.q_heads; ++h) call.sinks.push_back(float(2 * random.normal()));
+    for (int h = 0; h < args.q_heads; ++h) {
+      const double drawn = 2 * random.normal();  // and sinks whose exp overflows, or that are none
+      const float special = random.pick({100.0f, -100.0f, -std::numeric_limits<float>::infinity()});
+      call.sinks.push_back(random.chance(0.1) ? special : float(drawn));
+    }
   }
   if (random.chance(0.25)) {
     for (int h = 0; h < args.q_heads; ++h) call.alibi_slopes.push_back(float(std::exp2(-random.uniform(3, 8))));
@@ -237,7 +242,8 @@ void spoil_unseen(Random &random, const oracle::Attention &expected, Scenario *s
   const auto spoil_rows = [&](std::vector<uint8_t> *bytes, int64_t token_stride, int64_t head_stride, int heads,
                               int head_dim, const std::function<bool(int64_t)> &seen) {
     const int64_t element = oracle::type_bytes(call.args.q_type);
-    const int64_t ts = token_stride ? token_stride : int64_t(heads) * head_dim, hs = head_stride ? head_stride : head_dim;
+    const int64_t ts = token_stride ? token_stride : int64_t(heads) * head_dim,
+                  hs = head_stride ? head_stride : head_dim;
     for (int64_t row = 0; row < call.args.num_tokens; ++row) {
       if (seen(row)) continue;
       for (int head = 0; head < heads; ++head) {
@@ -260,15 +266,13 @@ void spoil_unseen(Random &random, const oracle::Attention &expected, Scenario *s
     if (expected.fault[i] >= 0) continue;
     const bool csr = !call.block_indptr.empty();
     std::vector<int32_t> &table = csr ? call.block_indices : call.block_table;
-    const int64_t stride =
-        call.args.block_table_stride ? call.args.block_table_stride : call.args.table_columns;
+    const int64_t stride = call.args.block_table_stride ? call.args.block_table_stride : call.args.table_columns;
     const int64_t first = csr ? call.block_indptr[i] : int64_t(i) * stride;
     const int64_t end = csr ? call.block_indptr[i + 1] : first + stride;
     for (int64_t at = first; at < end && at < int64_t(table.size()); ++at) {
       if (!expected.entries[i].count(at - first)) table[size_t(at)] = garbage();
     }
-    const int64_t exact_stride =
-        call.args.exact_table_stride ? call.args.exact_table_stride : call.args.exact_columns;
+    const int64_t exact_stride = call.args.exact_table_stride ? call.args.exact_table_stride : call.args.exact_columns;
     for (int64_t column = 0; column < exact_stride && call.exact_pool; ++column) {
       if (!expected.exact_entries[i].count(column)) {
         call.exact_table[size_t(int64_t(i) * exact_stride + column)] = garbage();

@@ -9,7 +9,8 @@ TEST_CASE("codes and scales are the scalar target's on every target") {
   FRESH(random, "simd encode");
   for (int round = 0; round < 150; ++round) {
     ConfigStorage storage;
-    tq_config config = random_config(random, targets().front(), &storage, {.max_head_dim = 288, .allow_matrices = round % 5 == 0});
+    tq_config config =
+        random_config(random, targets().front(), &storage, {.max_head_dim = 288, .allow_matrices = round % 5 == 0});
     const int32_t type = random.pick({TQ_TYPE_F32, TQ_TYPE_F16, TQ_TYPE_BF16});
     const int32_t which = int32_t(random.integer(0, 1));
     const int head_dim = which == TQ_SIDE_K ? config.k.head_dim : config.v.head_dim;

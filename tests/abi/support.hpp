@@ -40,8 +40,8 @@ class Random {
   std::mt19937_64 engine_;
   std::normal_distribution<double> normal_;
 };
-#define FRESH(random, salt)  \
-  Random random(salt);       \
+#define FRESH(random, salt) \
+  Random random(salt);      \
   INFO("repeat with TQKV_TEST_SEED=" << random.seed())
 
 struct CodecDeleter {
@@ -130,7 +130,7 @@ struct AttentionRun {
   std::vector<uint8_t> raw_out;  // out as written, strides included
   std::vector<double> out;       // [tokens, q_heads, head_dim_v]
   bool has_lse = true;
-  std::vector<float> lse;        // [tokens, q_heads]
+  std::vector<float> lse;  // [tokens, q_heads]
   tq_faults faults{};
 };
 // Runs the call on a target. Checks guards, inputs left alone, and that gaps between strided rows stay poisoned.

@@ -45,7 +45,8 @@ TEST_CASE("the caller's parallel loop gives the pool's bits") {
       CHECK(std::memcmp(&want.faults, &got.faults, sizeof got.faults) == 0);
       if (!scenario->call.lengths.empty() && scenario->call.args.num_tokens > 0) CHECK(counts.calls > 0);
 
-      const std::vector<uint8_t> input = encode_elements(normals(random, 200 * scenario->reader->k.head_dim), TQ_TYPE_F32);
+      const std::vector<uint8_t> input =
+          encode_elements(normals(random, 200 * scenario->reader->k.head_dim), TQ_TYPE_F32);
       const Encoded with_loop = encode(target, scenario->codec.get(), TQ_SIDE_K, input, TQ_TYPE_F32);
       config.parallel_for = nullptr;
       config.parallel_context = nullptr;
@@ -61,8 +62,9 @@ TEST_CASE("many threads share one codec") {
   FRESH(random, "threads shared");
   for (const Target &target : targets()) {
     if (target.device->kind() != TQ_DEVICE_CPU) continue;
-    const std::unique_ptr<Scenario> scenario = random_scenario(
-        random.bits(), target, {.config = {.max_head_dim = 64, .allow_matrices = false}, .max_seqs = 8, .faults = false});
+    const std::unique_ptr<Scenario> scenario =
+        random_scenario(random.bits(), target,
+                        {.config = {.max_head_dim = 64, .allow_matrices = false}, .max_seqs = 8, .faults = false});
     tq_config config = scenario->config;
     config.threads = 3;
     scenario->codec = make_codec(config);

@@ -98,12 +98,12 @@ TEST_CASE("metrics: attention in chunks is the attention of the whole", "[cli]")
       attention.compare_chunk({&p.coded[size_t(k_at)], &p.exact[size_t(k_at)], first, recent}, weights);
     }
     // Sums of at most 66 terms of size 1 or so in double; a float keeps 2^-24 of the expected output.
-    CHECK(attention.divergence(weights) == Approx(expected.divergence).epsilon(1e-11));
+    CHECK(attention.divergence(weights) == tqkv_test::Approx(expected.divergence).epsilon(1e-11));
     const std::vector<float> rounded(expected.out.begin(), expected.out.end());
     CHECK(attention.output_error(rounded.data()) < 0x1p-23);
     std::vector<float> doubled(rounded);
     for (float &value : doubled) value *= 2;
-    CHECK(attention.output_error(doubled.data()) == Approx(1).epsilon(1e-6));
+    CHECK(attention.output_error(doubled.data()) == tqkv_test::Approx(1).epsilon(1e-6));
   }
 }
 
@@ -132,6 +132,6 @@ TEST_CASE("metrics: errors of vectors are means over those that are not zero", "
   error.add(zero, y, 2);  // counts for nothing
   error.add(x, zero, 2);  // 1, cosine 0
   CHECK(error.count == 2);
-  CHECK(error.mse() == Approx((0.64 + 1) / 2));
-  CHECK(error.cosine() == Approx(0.3));
+  CHECK(error.mse() == tqkv_test::Approx((0.64 + 1) / 2));
+  CHECK(error.cosine() == tqkv_test::Approx(0.3));
 }
