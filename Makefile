@@ -6,16 +6,12 @@ FORMAT = -i
 JOBS = $(shell nproc)
 CMAKE_FLAGS =
 
-ifneq ($(filter-out 0,$(CUDA)),)
-$(error CUDA=$(CUDA): this version has no CUDA kernels to build yet; leave CUDA out)
-endif
-
 .DEFAULT_GOAL = help
 .PHONY: help demo test build bench install clean format packages configure
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 20
-	@echo '  Variables: PREFIX=$(PREFIX)  JOBS=$(JOBS)  CMAKE_FLAGS=  PACKAGES= (empty: look for no packages)'
+	@echo '  Variables: CUDA=1 (build the kernels too, with the nvcc that is there)  PREFIX=$(PREFIX)  JOBS=$(JOBS)  CMAKE_FLAGS=  PACKAGES= (empty: look for no packages)'
 
 demo: configure ## compress the bundled keys and values of a real model, at every preset
 	cmake --build build --target tqkv_cli -j $(JOBS)
@@ -41,7 +37,7 @@ clean: ## remove build/
 	cmake -E rm -rf build
 
 configure: packages
-	cmake --preset default $(CMAKE_FLAGS)
+	cmake --preset default -DTQKV_CUDA=$(if $(filter-out 0,$(CUDA)),ON,OFF) $(CMAKE_FLAGS)
 
 packages:
 	@missing=; for p in $(PACKAGES); do \

@@ -2,9 +2,17 @@
 // tqkv-bench: the hot path on all cores, per SIMD target. Filter with --benchmark_filter=attention/k4v4.
 #include <benchmark/benchmark.h>
 
+#include <string_view>
+
 #include "bench.hpp"
+#include "codec_bench.hpp"
 
 int main(int argc, char **argv) {
+#ifdef TQKV_HAVE_CUDA
+  if (argc > 1 && std::string_view(argv[1]) == "codec") {
+    return tqkv_bench::run_codec(argc > 2 ? argv[2] : nullptr, false);
+  }
+#endif
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   tq_build build{};

@@ -1,8 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "api/handle.hpp"
 #include "attention/call.hpp"
+#include "attention/cuda.hpp"
 
 using namespace tqkv;
+
+namespace {
+
+tq_status check_attention_device(const Codec &codec) {
+  if (codec.device != TQ_DEVICE_CUDA) return TQ_OK;
+  return fail(TQ_ERROR_NOT_SUPPORTED, "the codec is on CUDA; this version computes attention on the CPU only");
+}
+
+}  // namespace
 
 tq_status tq_attention_workspace(const tq_codec *codec, const tq_attention_args *given, size_t *bytes) {
   return guard([&]() -> tq_status {
@@ -10,6 +20,7 @@ tq_status tq_attention_workspace(const tq_codec *codec, const tq_attention_args 
     tq_attention_args args{};
     TQKV_TRY(read_struct(given, "args", &args));
     if (bytes == nullptr) return fail(TQ_ERROR_NULL_POINTER, "bytes is NULL");
+    TQKV_TRY(check_attention_device(*codec->codec));
     AttentionCall call;
     AttentionWorkspace workspace;
     TQKV_TRY(make_call(*codec->codec, args, true, &call));
@@ -24,6 +35,7 @@ tq_status tq_paged_attention(const tq_codec *codec, const tq_attention_args *giv
     TQKV_TRY(check_codec(codec));
     tq_attention_args args{};
     TQKV_TRY(read_struct(given, "args", &args));
+    TQKV_TRY(check_attention_device(*codec->codec));
     AttentionCall call;
     AttentionWorkspace workspace;
     TQKV_TRY(make_call(*codec->codec, args, false, &call));
@@ -59,6 +71,9 @@ tq_status tq_merge_states(const tq_codec *codec, const tq_merge_args *given) {
     TQKV_TRY(check_rows(args.out, args.type, args.num_rows, 1, args.head_dim, 0, 0, "args.out", false, &token_stride,
                         &head_stride));
     TQKV_TRY(check_aligned(args.out_lse, 4, "args.", "out_lse"));
+#ifdef TQKV_HAVE_CUDA
+    if (codec->codec->cuda != nullptr) return cuda_merge(*codec->codec, args);
+#endif
     merge_states_cpu(*codec->codec, args);
     return TQ_OK;
   });

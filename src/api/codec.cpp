@@ -76,7 +76,7 @@ tq_status tq_info(const tq_codec *codec, tq_codec_info *info) {
     known.exact_block_size_tokens = c.exact_block_size;
     known.raw_type = c.raw_type;
     known.simd = c.simd;
-    known.threads = c.parallel->threads();
+    known.threads = c.parallel != nullptr ? c.parallel->threads() : 0;
     return write_struct(known, info, "info");
   });
 }

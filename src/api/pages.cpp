@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cache/pages.hpp"
 #include "api/handle.hpp"
+#include "cache/cuda.hpp"
+#include "codec/cuda.hpp"
 
 using namespace tqkv;
 
@@ -71,6 +73,9 @@ tq_status tq_cache_workspace(const tq_codec *codec, int64_t num_tokens, size_t *
     TQKV_TRY(check_count(num_tokens, "num_tokens"));
     if (bytes == nullptr) return fail(TQ_ERROR_NULL_POINTER, "bytes is NULL");
     *bytes = 0;
+#ifdef TQKV_HAVE_CUDA
+    if (codec->codec->cuda != nullptr) return cuda_workspace(*codec->codec, true, true, num_tokens, bytes);
+#endif
     return TQ_OK;
   });
 }
@@ -87,6 +92,9 @@ tq_status tq_cache_store(const tq_codec *codec, const tq_store_args *given) {
     TQKV_TRY(check_dense(c, args, args.v, args.input_type, TQ_SIDE_V, "args.v"));
     Pool pool, exact;
     TQKV_TRY(read_pools(c, args, &pool, &exact));
+#ifdef TQKV_HAVE_CUDA
+    if (c.cuda != nullptr) return cuda_store(c, args, pool, args.exact_pages != nullptr ? &exact : nullptr);
+#endif
     store_tokens(c, args, pool, args.exact_pages != nullptr ? &exact : nullptr);
     return TQ_OK;
   });
@@ -107,6 +115,9 @@ tq_status tq_cache_load(const tq_codec *codec, const tq_load_args *given) {
     if (args.v != nullptr) TQKV_TRY(check_dense(c, args, args.v, args.output_type, TQ_SIDE_V, "args.v"));
     Pool pool, exact;
     TQKV_TRY(read_pools(c, args, &pool, &exact));
+#ifdef TQKV_HAVE_CUDA
+    if (c.cuda != nullptr) return cuda_load(c, args, pool, args.exact_pages != nullptr ? &exact : nullptr);
+#endif
     load_tokens(c, args, pool, args.exact_pages != nullptr ? &exact : nullptr);
     return TQ_OK;
   });
@@ -148,6 +159,12 @@ tq_status tq_cache_copy(const tq_codec *codec, const tq_copy_args *given) {
                     (long long)part.count);
       }
     }
+#ifdef TQKV_HAVE_CUDA
+    if (c.cuda != nullptr) {
+      for (const Part &part : parts) TQKV_TRY(cuda_copy(c, args, part.from, part.to, part.pairs, part.count));
+      return TQ_OK;
+    }
+#endif
     for (const Part &part : parts) copy_blocks(c, part.from, part.to, part.pairs, part.count, args.faults);
     return TQ_OK;
   });

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "api/handle.hpp"
+#include "codec/cuda.hpp"
 #include "codec/quantize.hpp"
 
 using namespace tqkv;
@@ -41,6 +42,11 @@ tq_status tq_vectors_workspace(const tq_codec *codec, int32_t side, int64_t coun
     TQKV_TRY(check_count(count, "count"));
     if (bytes == nullptr) return fail(TQ_ERROR_NULL_POINTER, "bytes is NULL");
     *bytes = 0;
+#ifdef TQKV_HAVE_CUDA
+    if (codec->codec->cuda != nullptr) {
+      return cuda_workspace(*codec->codec, side == TQ_SIDE_K, side == TQ_SIDE_V, count, bytes);
+    }
+#endif
     return TQ_OK;
   });
 }
@@ -63,13 +69,17 @@ tq_status tq_encode(const tq_codec *codec, const tq_encode_args *given) {
     Compressed out{};
     TQKV_TRY(check_compressed(side, args.count, args.codes, args.codes_stride_bytes, args.scales,
                               args.scales_stride_bytes, &out));
+#ifdef TQKV_HAVE_CUDA
+    if (c.cuda != nullptr) return cuda_encode(c, args);
+#endif
     const auto *input = static_cast<const uint8_t *>(args.input);
     auto *codes = static_cast<uint8_t *>(args.codes);
     auto *scales = static_cast<uint8_t *>(args.scales);
     const int element = type_bytes(args.input_type), code_bytes = side.code_bytes(), scale_bytes = side.scale_bytes();
     c.parallel->run(groups_of(args.count), [&](int64_t group) {
       float rows[kGroup * kMaxHeadDim];
-      uint8_t records[kGroup * kMaxHeadDim * 2], group_scales[kGroup * 4] = {};
+      uint8_t records[kGroup * kMaxHeadDim * 2];
+      alignas(4) uint8_t group_scales[kGroup * 4] = {};
       Encoded encoded[kGroup];
       const int64_t begin = group * kGroup;
       const int n = int(std::min<int64_t>(kGroup, args.count - begin));
@@ -108,13 +118,17 @@ tq_status tq_decode(const tq_codec *codec, const tq_decode_args *given) {
     Compressed in{};
     TQKV_TRY(check_compressed(side, args.count, args.codes, args.codes_stride_bytes, args.scales,
                               args.scales_stride_bytes, &in));
+#ifdef TQKV_HAVE_CUDA
+    if (c.cuda != nullptr) return cuda_decode(c, args);
+#endif
     const auto *codes = static_cast<const uint8_t *>(args.codes);
     const auto *scales = static_cast<const uint8_t *>(args.scales);
     auto *output = static_cast<uint8_t *>(args.output);
     const int element = type_bytes(args.output_type), code_bytes = side.code_bytes(), scale_bytes = side.scale_bytes();
     c.parallel->run(groups_of(args.count), [&](int64_t group) {
       float rows[kGroup * kMaxHeadDim];
-      uint8_t records[kGroup * kMaxHeadDim * 2], group_scales[kGroup * 4] = {};
+      uint8_t records[kGroup * kMaxHeadDim * 2];
+      alignas(4) uint8_t group_scales[kGroup * 4] = {};
       const int64_t begin = group * kGroup;
       const int n = int(std::min<int64_t>(kGroup, args.count - begin));
       for (int i = 0; i < n; ++i) {

@@ -74,7 +74,11 @@ tq_status tq_build_info(tq_build *build) {
 #endif
     known.simd_targets = compiled_simd_names();
     known.simd_target = simd_name(best_simd());
+#ifdef TQKV_HAVE_CUDA
+    known.cuda = TQKV_HAVE_CUDA;
+#else
     known.cuda = "not built";
+#endif
     return write_struct(known, build, "build");
   });
 }

@@ -16,7 +16,7 @@ constexpr int kMaxRecordBytes = 2 * kMaxHeadDim;
 struct Group {
   float rows[kGroup * kMaxHeadDim];
   uint8_t records[kGroup * kMaxRecordBytes];
-  uint8_t scales[kGroup * 4];
+  alignas(4) uint8_t scales[kGroup * 4];
   Encoded encoded[kGroup];
 };
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "codec/cuda.hpp"
 #include "codec/quantize.hpp"
 #include "runtime/device.hpp"
 #include "runtime/error.hpp"
@@ -88,7 +89,15 @@ tq_status check_device(const tq_config &config) {
     const char *reason = nullptr;
     const int count = cuda_device_count(&reason);
     if (count == 0) return fail(TQ_ERROR_NO_DEVICE, "config.device is CUDA, but %s", reason);
+#ifdef TQKV_HAVE_CUDA
+    if (config.simd != 0 || config.threads != 0 || config.parallel_for != nullptr) {
+      return fail(TQ_ERROR_INVALID_ARGUMENT, "config.device is CUDA: simd, threads and parallel_for are for the CPU");
+    }
+    TQKV_TRY(cuda_check_device(config.device_ordinal));
+    return cuda_check_rotations(config);
+#else
     return fail(TQ_ERROR_NOT_SUPPORTED, "config.device is CUDA, but this build has no CUDA kernels");
+#endif
   }
   if (config.device != TQ_DEVICE_CPU) {
     return fail(TQ_ERROR_UNKNOWN_ENUM, "config.device is %d, not a TQ_DEVICE_ value", config.device);
@@ -172,6 +181,16 @@ tq_status make_codec(const tq_config &config, std::unique_ptr<Codec> *codec) {
   made->tile_fingerprint = tile_hash(made->k, made->v);
   made->page_fingerprint = page_hash(made->tile_fingerprint, made->block_size, made->kv_heads);
   made->exact_fingerprint = page_hash(tile_hash(made->exact_k, made->exact_v), made->exact_block_size, made->kv_heads);
+  made->device = config.device;
+  made->device_ordinal = config.device_ordinal;
+#ifdef TQKV_HAVE_CUDA
+  if (config.device == TQ_DEVICE_CUDA) {
+    made->simd = TQ_SIMD_AUTO;
+    TQKV_TRY(make_cuda_codec(*made, &made->cuda));
+    *codec = std::move(made);
+    return TQ_OK;
+  }
+#endif
   made->simd = config.simd != TQ_SIMD_AUTO ? config.simd : best_simd();
   made->kernels = codec_kernels(made->simd);
   made->parallel = config.parallel_for != nullptr

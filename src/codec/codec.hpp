@@ -10,6 +10,8 @@
 
 namespace tqkv {
 
+class CudaCodec;
+
 struct Codec {
   int device = TQ_DEVICE_CPU, device_ordinal = 0;
   int kv_heads = 1;
@@ -21,7 +23,8 @@ struct Codec {
   Side exact_k, exact_v;  // the raw sides of exact pages
   uint64_t tile_fingerprint = 0, page_fingerprint = 0, exact_fingerprint = 0;
   const CodecKernels *kernels = nullptr;
-  std::unique_ptr<Parallel> parallel;
+  std::unique_ptr<Parallel> parallel;  // CPU only
+  std::shared_ptr<CudaCodec> cuda;     // CUDA only
 
   const Side &side(int which) const { return which == TQ_SIDE_K ? k : v; }
 };

@@ -217,15 +217,13 @@ TEST_CASE("a NaN or infinity is counted, stored as zero and leaves its neighbour
             for (int c = 0; c < head_dim; ++c) zero = zero && decoded[size_t(i * head_dim + c)] == 0;
             continue;
           }
-          neighbours_same =
-              neighbours_same &&
-              std::memcmp(&got.codes[size_t(i * info.k.code_bytes)], &want.codes[size_t(i * info.k.code_bytes)],
-                          size_t(info.k.code_bytes)) == 0;
+          neighbours_same = neighbours_same &&
+                            std::memcmp(&got.codes[size_t(i * info.k.code_bytes)],
+                                        &want.codes[size_t(i * info.k.code_bytes)], size_t(info.k.code_bytes)) == 0;
           if (info.k.scale_bytes) {
-            neighbours_same =
-                neighbours_same &&
-                std::memcmp(&got.scales[size_t(i * info.k.scale_bytes)], &want.scales[size_t(i * info.k.scale_bytes)],
-                            size_t(info.k.scale_bytes)) == 0;
+            neighbours_same = neighbours_same && std::memcmp(&got.scales[size_t(i * info.k.scale_bytes)],
+                                                             &want.scales[size_t(i * info.k.scale_bytes)],
+                                                             size_t(info.k.scale_bytes)) == 0;
           }
         }
         CHECK(neighbours_same);
@@ -289,7 +287,8 @@ TEST_CASE("huge and tiny vectors come back right") {
         for (double size : {1e-40, 1e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 1e37}) {
           // At 1e-40 an f32 has 2^-149 / 1e-40 = 1.4e-5 of relative resolution, the scale ten times worse at most.
           INFO("size " << size);
-          for (double error : relative_error(config, TQ_TYPE_F32, normals(random, int64_t(head_dim) * 4, size), &clamped)) {
+          for (double error :
+               relative_error(config, TQ_TYPE_F32, normals(random, int64_t(head_dim) * 4, size), &clamped)) {
             CHECK(error < typical + (size < 1e-38 ? 0.05 : 0));
           }
           CHECK(clamped == 0);
@@ -384,7 +383,10 @@ TEST_CASE("strides of any kind, codes and scales interleaved, and every input ty
       args.faults = random.chance(0.5) ? faults.as<tq_faults>() : nullptr;
       args.workspace = workspace.data();
       args.workspace_bytes = workspace_bytes;
-      const tq_status status = tq_encode(codec.get(), &args);
+      const tq_status status = target.device->call([&](void *stream) {
+        args.stream = stream;
+        return tq_encode(codec.get(), &args);
+      });
       INFO("status " << status << ' ' << tq_last_error());
       REQUIRE(status == TQ_OK);
       const std::vector<uint8_t> got = records.download();
@@ -394,10 +396,10 @@ TEST_CASE("strides of any kind, codes and scales interleaved, and every input ty
         same = same && std::memcmp(one + side.scale_bytes, &dense.codes[size_t(i * side.code_bytes)],
                                    size_t(side.code_bytes)) == 0;
         if (side.scale_bytes) {
-          same = same && std::memcmp(one, &dense.scales[size_t(i * side.scale_bytes)],
-                                     size_t(side.scale_bytes)) == 0;
+          same = same && std::memcmp(one, &dense.scales[size_t(i * side.scale_bytes)], size_t(side.scale_bytes)) == 0;
         }
-        for (int64_t b = side.code_bytes + side.scale_bytes; b < record && i + 1 < count; ++b) gaps = gaps && one[b] == 0xff;
+        for (int64_t b = side.code_bytes + side.scale_bytes; b < record && i + 1 < count; ++b)
+          gaps = gaps && one[b] == 0xff;
       }
       CHECK(same);
       CHECK(gaps);
@@ -420,7 +422,10 @@ TEST_CASE("strides of any kind, codes and scales interleaved, and every input ty
       back.output_stride = out_stride;
       back.workspace = workspace.data();
       back.workspace_bytes = workspace_bytes;
-      REQUIRE(tq_decode(codec.get(), &back) == TQ_OK);
+      REQUIRE(target.device->call([&](void *stream) {
+        back.stream = stream;
+        return tq_decode(codec.get(), &back);
+      }) == TQ_OK);
       const std::vector<uint8_t> image = out.download();
       const std::vector<double> f32 = decode(target, codec.get(), which, dense, count);
       bool rounded = true, untouched = true;
@@ -428,10 +433,11 @@ TEST_CASE("strides of any kind, codes and scales interleaved, and every input ty
         for (int64_t c = 0; c < side.head_dim; ++c) {
           // Other types are the f32 result rounded to nearest even.
           const std::vector<uint8_t> want = encode_elements({f32[size_t(i * side.head_dim + c)]}, out_type);
-          rounded = rounded && std::memcmp(want.data(), &image[size_t((i * out_stride + c) * out_element)], want.size()) == 0;
+          rounded =
+              rounded && std::memcmp(want.data(), &image[size_t((i * out_stride + c) * out_element)], want.size()) == 0;
         }
-        for (int64_t b = (i * out_stride + side.head_dim) * out_element; b < (i + 1) * out_stride * out_element && i + 1 < count;
-             ++b) {
+        for (int64_t b = (i * out_stride + side.head_dim) * out_element;
+             b < (i + 1) * out_stride * out_element && i + 1 < count; ++b) {
           untouched = untouched && image[size_t(b)] == 0xff;
         }
       }
@@ -447,11 +453,17 @@ TEST_CASE("no vectors are no work") {
     tq_encode_args encode_args = {};
     encode_args.struct_size = sizeof encode_args;
     encode_args.input_type = TQ_TYPE_F32;
-    CHECK(tq_encode(codec.get(), &encode_args) == TQ_OK);
+    CHECK(target.device->call([&](void *stream) {
+      encode_args.stream = stream;
+      return tq_encode(codec.get(), &encode_args);
+    }) == TQ_OK);
     tq_decode_args decode_args = {};
     decode_args.struct_size = sizeof decode_args;
     decode_args.output_type = TQ_TYPE_F32;
-    CHECK(tq_decode(codec.get(), &decode_args) == TQ_OK);
+    CHECK(target.device->call([&](void *stream) {
+      decode_args.stream = stream;
+      return tq_decode(codec.get(), &decode_args);
+    }) == TQ_OK);
   }
 }
 

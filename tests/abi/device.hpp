@@ -7,10 +7,15 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "catch.hpp"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 class Device {
  public:
@@ -21,7 +26,15 @@ class Device {
   virtual void release(void *pointer) = 0;
   virtual void upload(void *to, const void *host, size_t bytes) = 0;
   virtual void download(void *host, const void *from, size_t bytes) = 0;  // after all queued work
+  // Makes one call of the library, on a stream of the device's.
+  virtual tq_status call(const std::function<tq_status(void *stream)> &body) { return body(nullptr); }
+  // Makes any access to these bytes an error, where the device has a way to find it, and legal again.
+  virtual void forbid(void *, size_t) {}
+  virtual void allow(void *, size_t) {}
 };
+
+// The first CUDA device, its calls made directly or captured into a graph that is then launched; nullptr without one.
+Device *cuda_device(bool captured);
 
 class CpuDevice final : public Device {
  public:
@@ -31,6 +44,14 @@ class CpuDevice final : public Device {
   void release(void *pointer) override { std::free(pointer); }
   void upload(void *to, const void *host, size_t bytes) override { std::memcpy(to, host, bytes); }
   void download(void *host, const void *from, size_t bytes) override { std::memcpy(host, from, bytes); }
+#if defined(__SANITIZE_ADDRESS__)
+  void forbid(void *pointer, size_t bytes) override {
+    ASAN_POISON_MEMORY_REGION(pointer, bytes);
+  }
+  void allow(void *pointer, size_t bytes) override {
+    ASAN_UNPOISON_MEMORY_REGION(pointer, bytes);
+  }
+#endif
 };
 
 // A way to run the library: a device and, on the CPU, an instruction set.
@@ -40,10 +61,11 @@ struct Target {
   std::string name;
 };
 
-// Every target this machine can run; the scalar one comes first.
+// Every CPU target this machine can run; the scalar one comes first. With TQKV_TEST_DEVICE=cuda in the environment that
+// one and the CUDA device, called directly and by graphs.
 const std::vector<Target> &targets();
 
-// Device bytes between guards that nobody may write, poisoned with NaN patterns (0xff) until uploaded.
+// Device bytes between guards that nobody may touch, poisoned with NaN patterns (0xff) until uploaded.
 class Bytes {
  public:
   static constexpr size_t kGuard = 256;
@@ -54,13 +76,17 @@ class Bytes {
     std::vector<uint8_t> image(total(), 0xc5);
     std::fill(image.begin() + std::ptrdiff_t(begin()), image.begin() + std::ptrdiff_t(begin() + bytes), uint8_t(0xff));
     device.upload(block_, image.data(), image.size());
+    forbid_guards();
   }
   template <class T>
   Bytes(Device &device, const std::vector<T> &host, size_t misalign = 0)
       : Bytes(device, host.size() * sizeof(T), misalign) {
     upload(host.data());
   }
-  ~Bytes() { device_.release(block_); }
+  ~Bytes() {
+    device_.allow(block_, total());
+    device_.release(block_);
+  }
   Bytes(const Bytes &) = delete;
   Bytes &operator=(const Bytes &) = delete;
 
@@ -77,7 +103,9 @@ class Bytes {
   template <class T = uint8_t>
   std::vector<T> download() const {
     std::vector<uint8_t> image(total());
+    device_.allow(block_, total());
     device_.download(image.data(), block_, image.size());
+    forbid_guards();
     bool guards_intact = true;
     for (size_t i = 0; i < image.size(); ++i) {
       if (i < begin() || i >= begin() + bytes_) guards_intact = guards_intact && image[i] == 0xc5;
@@ -95,6 +123,10 @@ class Bytes {
   }
 
  private:
+  void forbid_guards() const {
+    device_.forbid(block_, begin());
+    device_.forbid(block_ + begin() + bytes_, kGuard);
+  }
   size_t begin() const { return kGuard + misalign_; }
   size_t total() const { return begin() + bytes_ + kGuard; }
 

@@ -21,9 +21,10 @@ check() {
 }
 
 check src/runtime runtime
-check src/codec codec runtime
-check src/cache cache codec runtime
-check src/attention attention cache codec runtime
+check src/codec codec runtime kernels
+check src/cache cache codec runtime kernels
+check src/attention attention cache codec runtime kernels
+check kernels kernels codec
 check src/plan plan codec runtime
 check src/api api attention cache codec plan runtime
 check src/cli cli

@@ -105,7 +105,10 @@ void load(const Target &target, const oracle::Codec &reader, const tq_codec *cod
   args.faults = faults.as<tq_faults>();
   args.workspace = workspace.data();
   args.workspace_bytes = workspace_bytes;
-  const tq_status status = tq_cache_load(codec, &args);
+  const tq_status status = target.device->call([&](void *stream) {
+    args.stream = stream;
+    return tq_cache_load(codec, &args);
+  });
   INFO("tq_cache_load: " << (status == TQ_OK ? "" : tq_last_error()));
   REQUIRE(status == TQ_OK);
   CHECK(pool.download() == call->pool->bytes);
@@ -169,8 +172,8 @@ void check_store(const Target &target, Random &random, const tq_config &config) 
         if (call.slots[size_t(token)] >= 0) {
           const std::vector<uint8_t> record =
               oracle::read_record(reader, false, pool.view(reader), which, call.slots[size_t(token)], head, &scale);
-          codes_same = codes_same && std::memcmp(record.data(), &want.codes[size_t(index * side.code_bytes())],
-                                                 record.size()) == 0;
+          codes_same = codes_same &&
+                       std::memcmp(record.data(), &want.codes[size_t(index * side.code_bytes())], record.size()) == 0;
           if (!side.raw()) {
             scales_same = scales_same && scale == oracle::read_element(want.scales.data(), side.scale_type, index);
           }
@@ -221,8 +224,8 @@ void check_store(const Target &target, Random &random, const tq_config &config) 
     const bool keys_side = which == TQ_SIDE_K;
     const oracle::Side &side = reader.side(false, which);
     const std::vector<uint8_t> &out = keys_side ? back.k : back.v;
-    const int64_t head_stride = keys_side ? (back.k_head ? back.k_head : side.head_dim)
-                                          : (back.v_head ? back.v_head : side.head_dim);
+    const int64_t head_stride =
+        keys_side ? (back.k_head ? back.k_head : side.head_dim) : (back.v_head ? back.v_head : side.head_dim);
     const int64_t token_stride = keys_side ? (back.k_token ? back.k_token : heads * side.head_dim)
                                            : (back.v_token ? back.v_token : heads * side.head_dim);
     std::vector<char> owned(out.size(), 0);
@@ -241,8 +244,8 @@ void check_store(const Target &target, Random &random, const tq_config &config) 
         const double size = oracle::norm(want) + 4 * std::sqrt(double(side.head_dim)) * with_offset;
         for (int c = 0; c < side.head_dim; ++c) {
           const int64_t at = i * token_stride + head * head_stride + c;
-          const double bound = 0x1p-22 * std::sqrt(double(side.head_dim)) * size +
-                               type_error * std::fabs(want[size_t(c)]) + 0x1p-25;
+          const double bound =
+              0x1p-22 * std::sqrt(double(side.head_dim)) * size + type_error * std::fabs(want[size_t(c)]) + 0x1p-25;
           worst = std::max(worst, std::fabs(oracle::read_element(out.data(), back.type, at) - want[size_t(c)]) / bound);
           for (int64_t b = 0; b < element; ++b) owned[size_t(at * element + b)] = 1;
         }
@@ -286,8 +289,8 @@ TEST_CASE("the layout's numbers follow from the byte order") {
       for (int64_t blocks : {0, 1, 2, 7, 16, 17, 1000}) {
         int64_t bytes = -1;
         CHECK(tq_pages_bytes(codec.get(), which, blocks, &bytes) == TQ_OK);
-        const int64_t storage_blocks = (blocks * reader.block(exact) + std::max(16, reader.block(exact)) - 1) /
-                                       std::max(16, reader.block(exact));
+        const int64_t storage_blocks =
+            (blocks * reader.block(exact) + std::max(16, reader.block(exact)) - 1) / std::max(16, reader.block(exact));
         CHECK(bytes == storage_blocks * layout.block_stride_bytes);
       }
       int64_t bytes = -1;
@@ -476,7 +479,8 @@ TEST_CASE("copy moves blocks whole, between pools of any geometry") {
         const int64_t half = random.integer(0, to_count / 2);
         std::vector<int64_t> pairs;
         for (int64_t i = 0; i < half; ++i) {
-          const int64_t from = same ? ids[size_t(random.integer(half, to_count - 1))] : random.integer(0, from_count - 1);
+          const int64_t from =
+              same ? ids[size_t(random.integer(half, to_count - 1))] : random.integer(0, from_count - 1);
           pairs.insert(pairs.end(), {from, ids[size_t(i)]});
           if (random.chance(0.2)) pairs.insert(pairs.end(), {-1, -1});
         }
@@ -488,8 +492,13 @@ TEST_CASE("copy moves blocks whole, between pools of any geometry") {
       // Bad pairs copy nothing.
       int64_t bad = 0, first_bad = -1;
       const int64_t limit = within ? blocks : other_blocks;
-      for (const auto &[from, to] : {std::pair<int64_t, int64_t>{-1, 0}, {0, -1}, {blocks, 0}, {0, limit}, {INT64_MAX, 0},
-                                     {INT64_MIN, INT64_MIN}, {-2, -2}}) {
+      for (const auto &[from, to] : {std::pair<int64_t, int64_t>{-1, 0},
+                                     {0, -1},
+                                     {blocks, 0},
+                                     {0, limit},
+                                     {INT64_MAX, 0},
+                                     {INT64_MIN, INT64_MIN},
+                                     {-2, -2}}) {
         if (!random.chance(0.3)) continue;
         if (first_bad < 0) first_bad = int64_t(pairs.size()) / 2;
         pairs.insert(pairs.end(), {from, to});
@@ -498,8 +507,7 @@ TEST_CASE("copy moves blocks whole, between pools of any geometry") {
 
       Device &device = *target.device;
       const Bytes src_bytes(device, src.bytes), dst_bytes(device, dst.bytes), exact_bytes(device, exact.bytes),
-          pair_bytes(device, pairs), exact_pair_bytes(device, exact_pairs),
-          faults(device, std::vector<tq_faults>(1));
+          pair_bytes(device, pairs), exact_pair_bytes(device, exact_pairs), faults(device, std::vector<tq_faults>(1));
       const tq_pages src_pages = src.at(src_bytes.data()), dst_pages = dst.at(dst_bytes.data()),
                      exact_pages = exact.at(exact_bytes.data());
       tq_copy_args args = {};
@@ -514,7 +522,10 @@ TEST_CASE("copy moves blocks whole, between pools of any geometry") {
         args.num_exact_pairs = int64_t(exact_pairs.size()) / 2;
       }
       args.faults = faults.as<tq_faults>();
-      const tq_status status = tq_cache_copy(codec.get(), &args);
+      const tq_status status = target.device->call([&](void *stream) {
+        args.stream = stream;
+        return tq_cache_copy(codec.get(), &args);
+      });
       INFO("tq_cache_copy: " << (status == TQ_OK ? "" : tq_last_error()));
       REQUIRE(status == TQ_OK);
 
@@ -531,8 +542,9 @@ TEST_CASE("copy moves blocks whole, between pools of any geometry") {
                 oracle::for_each_byte(reader, from.exact, from.view(reader), side, list[i] * block + row, head,
                                       [&](int64_t offset) { offsets.push_back(offset); });
                 size_t next = 0;
-                oracle::for_each_byte(reader, to.exact, to.view(reader), side, list[i + 1] * block + row, head,
-                                      [&](int64_t offset) { to.bytes[size_t(offset)] = from.bytes[size_t(offsets[next++])]; });
+                oracle::for_each_byte(
+                    reader, to.exact, to.view(reader), side, list[i + 1] * block + row, head,
+                    [&](int64_t offset) { to.bytes[size_t(offset)] = from.bytes[size_t(offsets[next++])]; });
               }
             }
           }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <sstream>
+#include <stdexcept>
 
 namespace {
 
@@ -30,13 +31,21 @@ const std::vector<Target> &targets() {
       config.simd = simd;
       if (tq_supports(&config) == TQ_OK) found.push_back({&cpu, simd, name});
     }
+    const char *device = std::getenv("TQKV_TEST_DEVICE");
+    if (device != nullptr && std::string(device) == "cuda") {
+      found.resize(1);
+      for (const bool captured : {false, true}) {
+        Device *cuda = cuda_device(captured);
+        if (cuda == nullptr) throw std::runtime_error("TQKV_TEST_DEVICE is cuda, but there is no CUDA device");
+        found.push_back({cuda, 0, captured ? "cuda, captured" : "cuda"});
+      }
+    }
     return found;
   }();
   return all;
 }
 
-Random::Random(const char *salt)
-    : seed_(tqkv_test::seed()), engine_(tqkv_test::seed() ^ hash_of(salt)) {}
+Random::Random(const char *salt) : seed_(tqkv_test::seed()), engine_(tqkv_test::seed() ^ hash_of(salt)) {}
 
 tq_config make_config(const Target &target, int head_dim, int bits_k, int bits_v) {
   tq_config config{};
@@ -195,7 +204,10 @@ Encoded encode(const Target &target, const tq_codec *codec, int32_t side, const 
   args.faults = faults.as<tq_faults>();
   args.workspace = workspace.data();
   args.workspace_bytes = workspace_bytes;
-  const tq_status status = tq_encode(codec, &args);
+  const tq_status status = target.device->call([&](void *stream) {
+    args.stream = stream;
+    return tq_encode(codec, &args);
+  });
   INFO("tq_encode: " << (status == TQ_OK ? "" : tq_last_error()));
   REQUIRE(status == TQ_OK);
   CHECK(in.download() == input);
@@ -223,7 +235,10 @@ std::vector<double> decode(const Target &target, const tq_codec *codec, int32_t 
   args.output_type = type;
   args.workspace = workspace.data();
   args.workspace_bytes = workspace_bytes;
-  const tq_status status = tq_decode(codec, &args);
+  const tq_status status = target.device->call([&](void *stream) {
+    args.stream = stream;
+    return tq_decode(codec, &args);
+  });
   INFO("tq_decode: " << (status == TQ_OK ? "" : tq_last_error()));
   REQUIRE(status == TQ_OK);
   CHECK(codes.download() == encoded.codes);
@@ -248,7 +263,8 @@ PoolImage make_pool(Random &random, const oracle::Codec &codec, uint64_t fingerp
   const auto pad = [&] { return 16 * random.integer(0, 3); };
   tq_pages &pages = image.pages;
   switch (shape) {
-    case PoolShape::kPacked: break;  // zeros: the documented defaults
+    case PoolShape::kPacked:
+      break;  // zeros: the documented defaults
     case PoolShape::kPadded:
       pages.head_stride_bytes = tile + pad();
       pages.tile_stride_bytes = heads * pages.head_stride_bytes + pad();
@@ -275,9 +291,9 @@ PoolImage make_pool(Random &random, const oracle::Codec &codec, uint64_t fingerp
 
 tq_status store(const Target &target, const tq_codec *codec, StoreCall *call) {
   Device &device = *target.device;
-  const Bytes k(device, call->k), v(device, call->v), slots(device, call->slots), exact_slots(device, call->exact_slots),
-      offset(device, call->key_offset), faults(device, std::vector<tq_faults>{call->faults}),
-      pool(device, call->pool->bytes),
+  const Bytes k(device, call->k), v(device, call->v), slots(device, call->slots),
+      exact_slots(device, call->exact_slots), offset(device, call->key_offset),
+      faults(device, std::vector<tq_faults>{call->faults}), pool(device, call->pool->bytes),
       exact_pool(device, call->exact_pool ? call->exact_pool->bytes : std::vector<uint8_t>());
   const tq_pages pages = call->pool->at(pool.data());
   const tq_pages exact_pages = call->exact_pool ? call->exact_pool->at(exact_pool.data()) : tq_pages{};
@@ -298,7 +314,10 @@ tq_status store(const Target &target, const tq_codec *codec, StoreCall *call) {
   args.faults = faults.as<tq_faults>();
   args.workspace = workspace.data();
   args.workspace_bytes = workspace_bytes;
-  const tq_status status = tq_cache_store(codec, &args);
+  const tq_status status = target.device->call([&](void *stream) {
+    args.stream = stream;
+    return tq_cache_store(codec, &args);
+  });
   call->pool->bytes = pool.download();
   if (call->exact_pool) call->exact_pool->bytes = exact_pool.download();
   call->faults = faults.download<tq_faults>()[0];
@@ -436,13 +455,15 @@ oracle::Attention expected(const oracle::Codec &codec, const AttentionCall &call
   return oracle::attention(codec, call.host_args(&pages, &exact_pages), loader);
 }
 
-double attention_tolerance(const Target &target) { return target.simd == TQ_SIMD_SCALAR ? 1e-5 : 2e-4; }
+double attention_tolerance(const Target &target) {
+  return target.simd == TQ_SIMD_SCALAR ? 1e-5 : 2e-4;
+}
 
 void check_attention(const AttentionRun &run, const oracle::Attention &expected, int32_t out_type, double tolerance) {
   // Rounding the result to its type: at most half a unit in the last place, 2^-11 or 2^-8 of each value, and 2^-25
-  // absolute among the subnormals of f16.
+  // absolute among the subnormals of f16. A weight below 1e-38 of the largest (a sink's) is subnormal in f32.
   const double rounding = out_type == TQ_TYPE_F16 ? 0x1p-11 : out_type == TQ_TYPE_BF16 ? 0x1p-8 : 0;
-  const double smallest = out_type == TQ_TYPE_F16 ? 0x1p-25 : 0;
+  const double smallest = out_type == TQ_TYPE_F16 ? 0x1p-25 : 1e-35;
   // A logit is an f32 sum of head_dim products; its error, relative to the sum of their magnitudes, is that of a few
   // units in the last place. It is an error of exp and so a relative one of each weight. What the figure allows covers
   // logits up to about 16.
@@ -493,8 +514,8 @@ void check_attention(const AttentionRun &run, const oracle::Attention &expected,
   CHECK(faulty_rows_zero);
   CHECK(finite);
   INFO("largest logit " << largest_logit);
-  CHECK(std::sqrt(total_error) <= (allowed(largest_logit) + rounding) * std::sqrt(total_square) +
-                                      smallest * std::sqrt(double(run.out.size())));
+  CHECK(std::sqrt(total_error) <=
+        (allowed(largest_logit) + rounding) * std::sqrt(total_square) + smallest * std::sqrt(double(run.out.size())));
 
   // Each sequence at fault counts once; `first` is the one with the lowest index.
   uint64_t counts[TQ_FAULT_KINDS] = {};

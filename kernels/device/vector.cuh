@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// Moving one vector between memory and registers or shared memory, slots, faults.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "codec/half.hpp"
+#include "codec/quantize.hpp"
+#include "codec/record.hpp"
+#include "kernels/launch.hpp"
+
+namespace tqkv::cuda {
+
+inline constexpr unsigned kAll = 0xffffffff;
+
+__device__ inline void count_fault(tq_faults *faults, int kind, int64_t index) {
+  if (faults == nullptr) return;
+  atomicAdd(reinterpret_cast<unsigned long long *>(&faults->count[kind]), 1ull);
+  const uint64_t packed = (0x00ffffffffffffffull - uint64_t(index)) << 8 | uint64_t(kind);
+  atomicMax(reinterpret_cast<unsigned long long *>(&faults->first), (unsigned long long)packed);
+}
+
+__device__ inline uint8_t *tile_at(const Tiles &tiles, int64_t slot, int head) {
+  int64_t block, row;
+  if (tiles.storage_shift >= 0) {
+    block = slot >> tiles.storage_shift;
+    row = slot & (tiles.storage_tokens - 1);
+  } else if ((slot >> 32) == 0) {
+    block = uint32_t(slot) / uint32_t(tiles.storage_tokens);
+    row = uint32_t(slot) % uint32_t(tiles.storage_tokens);
+  } else {
+    block = slot / tiles.storage_tokens;
+    row = slot % tiles.storage_tokens;
+  }
+  return tiles.base + block * tiles.block_stride + (row >> 4) * tiles.tile_stride + head * tiles.head_stride;
+}
+
+// What the slots of a token say. Bad: one of the two is neither -1 nor in its pool.
+struct Slots {
+  int64_t coded = -1, exact = -1;
+  bool bad = false;
+};
+
+__device__ inline Slots read_slots(const VectorCall &call, const VectorSide &side, int64_t token) {
+  Slots slots;
+  slots.coded = call.slots[token];
+  slots.bad = slots.coded < -1 || slots.coded >= side.tiles.num_slots;
+  if (call.exact_slots != nullptr) {
+    slots.exact = call.exact_slots[token];
+    slots.bad = slots.bad || slots.exact < -1 || slots.exact >= side.exact.num_slots;
+  }
+  return slots;
+}
+
+// The same for loading, where an exact slot of any kind makes the coded one unimportant.
+__device__ inline Slots read_load_slots(const VectorCall &call, const VectorSide &side, int64_t token) {
+  Slots slots;
+  slots.coded = call.slots[token];
+  slots.bad = slots.coded < -1 || slots.coded >= side.tiles.num_slots;
+  if (call.exact_slots != nullptr) {
+    slots.exact = call.exact_slots[token];
+    const bool outside = slots.exact < -1 || slots.exact >= side.exact.num_slots;
+    slots.bad = outside || (slots.exact == -1 && slots.bad);
+    if (!outside && slots.exact >= 0) slots.coded = -1;
+  }
+  return slots;
+}
+
+__device__ inline float load_element(const void *data, int type, int64_t at) {
+  if (type == TQ_TYPE_F32) return static_cast<const float *>(data)[at];
+  const uint16_t half = static_cast<const uint16_t *>(data)[at];
+  return type == TQ_TYPE_F16 ? f32_from_f16(half) : f32_from_bf16(half);
+}
+
+__device__ inline void store_element(void *data, int type, int64_t at, float value) {
+  if (type == TQ_TYPE_F32) {
+    static_cast<float *>(data)[at] = value;
+  } else {
+    static_cast<uint16_t *>(data)[at] = type == TQ_TYPE_F16 ? f16_from_f32(value) : bf16_from_f32(value);
+  }
+}
+
+// x * 2^n, rounded once, for |n| < 150 and results that are not rounded twice: as ldexp.
+__device__ inline float times_power_of_two(float x, int n) {
+  if (n > 127) {
+    x = x * 0x1p100f;
+    n -= 100;
+  }
+  return x * __uint_as_float(n >= -126 ? uint32_t(n + 127) << 23 : 1u << (n + 149));
+}
+
+// The exponent of |x|, as ilogb; x finite and not zero.
+__device__ inline int exponent_of(float x) {
+  const uint32_t magnitude = __float_as_uint(x) & 0x7fffffff;
+  return magnitude < 0x00800000 ? 31 - __clz(int(magnitude)) - 149 : int(magnitude >> 23) - 127;
+}
+
+enum Outcome : int { kFine = 0, kNonFinite = 1, kClamped = 2 };
+
+__device__ inline void count_outcome(tq_faults *faults, int outcome, int64_t token) {
+  if (outcome == kNonFinite) count_fault(faults, TQ_FAULT_NON_FINITE, token);
+  if (outcome == kClamped) count_fault(faults, TQ_FAULT_RANGE, token);
+}
+
+// Stores a scale of either type; the largest finite one instead of more.
+__device__ inline Outcome store_scale(float value, int scale_type, uint8_t *at) {
+  if (scale_type == TQ_TYPE_F32) {
+    constexpr float kMaxF32 = 0x1.fffffep127f;
+    *reinterpret_cast<float *>(at) = kMaxF32 < value ? kMaxF32 : value;
+    return value > kMaxF32 ? kClamped : kFine;
+  }
+  constexpr float kMaxF16 = 65504;
+  *reinterpret_cast<uint16_t *>(at) = f16_from_f32(kMaxF16 < value ? kMaxF16 : value);
+  return value > kMaxF16 ? kClamped : kFine;
+}
+
+__device__ inline float load_scale(int scale_type, const uint8_t *at) {
+  return scale_type == TQ_TYPE_F32 ? *reinterpret_cast<const float *>(at)
+                                   : f32_from_f16(*reinterpret_cast<const uint16_t *>(at));
+}
+
+__device__ inline int scale_bytes(const SideShape &side) {
+  return side.bits == kRawBits ? 0 : side.scale_type == TQ_TYPE_F32 ? 4 : 2;
+}
+
+// Largest value that a raw copy can hold.
+__device__ inline float raw_limit(int raw_type) {
+  return raw_type == TQ_TYPE_F16 ? 65504.0f : 0x1.fep127f;
+}
+
+}  // namespace tqkv::cuda

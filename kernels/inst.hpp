@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between the translation units of the kernels.
+#pragma once
+
+#include "kernels/launch.hpp"
+
+namespace tqkv::cuda {
+
+int load_generic();
+int encode_generic(const VectorCall &call, const DeviceLimits &limits, void *stream);
+int decode_generic(const VectorCall &call, const DeviceLimits &limits, void *stream);
+int load_copy();
+int load_merge();
+
+}  // namespace tqkv::cuda

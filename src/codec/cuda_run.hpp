@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a call reaches the kernels: what the codec and cache rooms share.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "codec/codec.hpp"
+#include "kernels/launch.hpp"
+#include "runtime/args.hpp"
+#include "runtime/cublas.hpp"
+
+namespace tqkv {
+
+[[nodiscard]] inline tq_status check_cuda(int error, const char *what) {
+  return error == 0 ? TQ_OK : fail(TQ_ERROR_CUDA, "%s: %s", what, cuda::error_text(error));
+}
+
+inline bool is_dense(const Side &side) {
+  return !side.matrix.empty();
+}
+
+// Vectors that a dense rotation handles at a time: their f32 rows stay in the L2 cache.
+inline constexpr int64_t kDenseChunk = 16384;
+
+inline size_t round_up(size_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
+
+// The workspace of dense rotations: cuBLAS's own, rows before or after the product of one side at a time, and per side
+// the rotated rows and their exponents.
+struct DenseWorkspace {
+  size_t rows = 0, rotated[2] = {}, exponents[2] = {}, bytes = 0;
+
+  // `heads` vectors of a token stay together.
+  DenseWorkspace(const Side *const *sides, int num_sides, int64_t vectors, int heads) {
+    size_t widest = 0;
+    const size_t n = size_t(std::min(vectors, std::max<int64_t>(kDenseChunk, heads)));
+    for (int i = 0; i < num_sides; ++i) {
+      if (is_dense(*sides[i])) widest = std::max(widest, size_t(sides[i]->head_dim));
+    }
+    if (widest == 0 || vectors == 0) return;
+    rows = Cublas::kWorkspaceBytes;
+    bytes = rows + round_up(n * widest * 4);
+    for (int i = 0; i < num_sides; ++i) {
+      if (!is_dense(*sides[i])) continue;
+      rotated[i] = bytes;
+      bytes += round_up(n * size_t(sides[i]->head_dim) * 4);
+      exponents[i] = bytes;
+      bytes += round_up(n * 4);
+    }
+  }
+};
+
+// What a CUDA codec owns on its device.
+class CudaCodec {
+ public:
+  ~CudaCodec() {
+    const cuda::DeviceScope scope(ordinal);
+    for (const float *matrix : matrices) cuda::release(const_cast<float *>(matrix));
+    cublas.reset();
+  }
+
+  int ordinal = 0;
+  cuda::DeviceLimits limits{};
+  cuda::SideParams params[2]{};
+  const float *matrices[2] = {};
+  std::unique_ptr<Cublas> cublas;
+};
+
+// One call on its way: the parameters of the kernels, cut to parts where a rotation is dense.
+class Run {
+ public:
+  Run(const Codec &codec, int64_t tokens, int heads, tq_faults *faults, void *workspace, void *stream)
+      : cuda_(*codec.cuda),
+        scope_(codec.cuda->ordinal),
+        workspace_(static_cast<uint8_t *>(workspace)),
+        stream_(stream) {
+    call_.tokens = tokens;
+    call_.heads = heads;
+    call_.faults = faults;
+  }
+
+  cuda::VectorCall &call() { return call_; }
+
+  cuda::VectorSide &add_side(const Side &side, const void *rows, int type, int64_t token_stride, int64_t head_stride) {
+    const int i = call_.num_sides++;
+    sides_[i] = &side;
+    cuda::VectorSide &v = call_.side[i];
+    v.side = cuda_.params[side.side];
+    v.counts_slots = i == 0;
+    const int64_t element = type_bytes(type);
+    v.rows = {const_cast<void *>(rows), token_stride, head_stride, type, 0};
+    v.rows.aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && token_stride * element % 16 == 0 &&
+                     head_stride * element % 16 == 0;
+    return v;
+  }
+
+  [[nodiscard]] tq_status encode() {
+    TQKV_TRY(check_cuda(scope_.error(), "the codec's device cannot be made current"));
+    return for_each_part([&](cuda::VectorCall &part) -> tq_status {
+      for (int i = 0; i < part.num_sides; ++i) {
+        if (!is_dense(*sides_[i])) continue;
+        const DenseWorkspace at = dense();
+        auto *rows = reinterpret_cast<float *>(workspace_ + at.rows);
+        auto *rotated = reinterpret_cast<float *>(workspace_ + at.rotated[i]);
+        auto *exponents = reinterpret_cast<int32_t *>(workspace_ + at.exponents[i]);
+        TQKV_TRY(
+            check_cuda(cuda::launch_prepare(part, i, rows, exponents, stream_), "preparing a dense rotation failed"));
+        TQKV_TRY(multiply(i, rows, true, part.tokens * part.heads, rotated));
+        part.side[i].rotated = rotated;
+        part.side[i].exponents = exponents;
+      }
+      return check_cuda(cuda::launch_encode(part, cuda_.limits, stream_), "the encoding kernel did not start");
+    });
+  }
+
+  [[nodiscard]] tq_status decode() {
+    TQKV_TRY(check_cuda(scope_.error(), "the codec's device cannot be made current"));
+    return for_each_part([&](cuda::VectorCall &part) -> tq_status {
+      bool any_dense = false;
+      for (int i = 0; i < part.num_sides; ++i) any_dense = any_dense || is_dense(*sides_[i]);
+      if (!any_dense)
+        return check_cuda(cuda::launch_decode(part, cuda_.limits, stream_), "the decoding kernel did not start");
+      for (int i = 0; i < part.num_sides; ++i) {
+        cuda::VectorCall one = part;
+        one.num_sides = 1;
+        one.side[0] = part.side[i];
+        if (is_dense(*sides_[i])) {
+          const DenseWorkspace at = dense();
+          auto *rows = reinterpret_cast<float *>(workspace_ + at.rows);
+          auto *rotated = reinterpret_cast<float *>(workspace_ + at.rotated[i]);
+          const int64_t dim = sides_[i]->head_dim;
+          one.side[0].rows = {rows, one.heads * dim, dim, TQ_TYPE_F32, 1};
+          one.side[0].offset = nullptr;
+          one.exact_slots = nullptr;
+          one.faults = nullptr;
+          if (one.slots != nullptr) {  // rows of skipped tokens are multiplied too
+            TQKV_TRY(
+                check_cuda(cuda::clear(rows, size_t(one.tokens * one.heads * dim) * 4, stream_), "clearing failed"));
+          }
+          TQKV_TRY(check_cuda(cuda::launch_decode(one, cuda_.limits, stream_), "the decoding kernel did not start"));
+          TQKV_TRY(multiply(i, rows, false, one.tokens * one.heads, rotated));
+          TQKV_TRY(
+              check_cuda(cuda::launch_finish(part, i, rotated, stream_), "the last step of decoding did not start"));
+        } else {
+          TQKV_TRY(check_cuda(cuda::launch_decode(one, cuda_.limits, stream_), "the decoding kernel did not start"));
+        }
+      }
+      return TQ_OK;
+    });
+  }
+
+ private:
+  DenseWorkspace dense() const { return {sides_, call_.num_sides, call_.tokens * call_.heads, call_.heads}; }
+
+  tq_status multiply(int i, const float *rows, bool transpose, int64_t n, float *result) {
+    return cuda_.cublas->multiply(rows, cuda_.matrices[sides_[i]->side], transpose, n, sides_[i]->head_dim, result,
+                                  workspace_, stream_);
+  }
+
+  template <class Body>
+  tq_status for_each_part(Body &&body) {
+    bool any_dense = false;
+    for (int i = 0; i < call_.num_sides; ++i) any_dense = any_dense || is_dense(*sides_[i]);
+    const int64_t size = any_dense ? std::max<int64_t>(1, kDenseChunk / call_.heads) : call_.tokens;
+    for (int64_t first = 0; first < call_.tokens; first += size) {
+      cuda::VectorCall part = call_;
+      part.first_token = first;
+      part.tokens = std::min(size, call_.tokens - first);
+      if (part.slots != nullptr) part.slots += first;
+      if (part.exact_slots != nullptr) part.exact_slots += first;
+      for (int i = 0; i < part.num_sides; ++i) {
+        cuda::VectorSide &v = part.side[i];
+        v.rows.data = static_cast<uint8_t *>(v.rows.data) + first * v.rows.token_stride * type_bytes(v.rows.type);
+        if (v.flat.codes != nullptr) v.flat.codes += first * v.flat.codes_stride;
+        if (v.flat.scales != nullptr) v.flat.scales += first * v.flat.scales_stride;
+      }
+      TQKV_TRY(body(part));
+    }
+    return TQ_OK;
+  }
+
+  CudaCodec &cuda_;
+  cuda::DeviceScope scope_;
+  uint8_t *workspace_;
+  void *stream_;
+  cuda::VectorCall call_{};
+  const Side *sides_[2] = {};
+};
+
+}  // namespace tqkv
