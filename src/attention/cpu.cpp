@@ -105,6 +105,32 @@ Interval visible_keys(const AttentionCall &call, const Sequence &sequence, int64
   return keys;
 }
 
+// Copies the codes of `count` tokens from a row of one tile to a row of another.
+void copy_rows(const Side &side, const uint8_t *from, int from_row, uint8_t *to, int to_row, int count) {
+  for (int plane = 0; plane < 2; ++plane) {
+    const int bytes = plane_bytes(side.head_dim, side.bits, plane);
+    if (side.side == TQ_SIDE_K) {
+      std::memcpy(to + to_row * bytes, from + from_row * bytes, size_t(count * bytes));
+    } else {
+      const bool groups = (from_row | to_row | count) % 4 == 0;  // of 4 tokens, which adjoin in a word
+      for (int t = 0, step = groups ? count : 1; t < count; t += step) {
+        for (int e = 0; e < bytes; e += 4) {
+          const int word_bytes = std::min(4, bytes - e);
+          const uint8_t *source = from + v_plane_offset(bytes, e, from_row + t);
+          uint8_t *target = to + v_plane_offset(bytes, e, to_row + t);
+          if (groups) {
+            std::memcpy(target, source, size_t(count * word_bytes));
+          } else {
+            for (int i = 0; i < 4 * word_bytes; i += 4) target[i] = source[i];
+          }
+        }
+      }
+    }
+    from += kTileTokens * bytes;
+    to += kTileTokens * bytes;
+  }
+}
+
 class Piece {
  public:
   Piece(const AttentionCall &call, const AttentionWorkspace &workspace, const Sequence &sequence, int kv_head)
@@ -250,40 +276,43 @@ class Piece {
   }
 
   // The coded keys or values of the tile that begins at chunk position `begin`, and their scales; null if none is
-  // needed. A tile in the pool is used where it is; keys from several are gathered into gathered_. Scales of keys that
+  // needed. A tile in the pool is used where it is; keys from several are gathered into `gathered`. Scales of keys that
   // have another source are zero.
-  const uint8_t *find_tile(int which, int begin) {
+  const uint8_t *find_tile(int which, int begin, uint8_t *gathered) {
     const Pool &pool = call_.pool;
     const Side &side = which == TQ_SIDE_K ? *pool.k : *pool.v;
     const int64_t codes = which == TQ_SIDE_K ? pool.layout.k_codes : pool.layout.v_codes;
     const int64_t scales_at = which == TQ_SIDE_K ? pool.layout.k_scales : pool.layout.v_scales;
-    const Tile &whole = tiles_[begin / kTileTokens];
+    const Tile &tile = tiles_[begin / kTileTokens];
     float *scales = scales_ + begin;
-    const auto read_scales = [&](const uint8_t *tile, int row, int count, float *output) {
-      call_.codec->kernels->to_f32(tile + scales_at + row * side.scale_bytes(), side.scale_type, count, output);
+    const auto read_scales = [&](const uint8_t *from, int row, int count, float *output) {
+      call_.codec->kernels->to_f32(from + scales_at + row * side.scale_bytes(), side.scale_type, count, output);
     };
-    if (!whole.seen) return nullptr;
-    if (whole.whole != nullptr) {
-      read_scales(whole.whole, 0, kTileTokens, scales);
-      return whole.whole + codes;
+    if (!tile.seen) return nullptr;
+    if (tile.whole != nullptr) {
+      read_scales(tile.whole, 0, kTileTokens, scales);
+      return tile.whole + codes;
     }
+    std::fill_n(scales, kTileTokens, 0.0f);
     const uint8_t *found = nullptr;
-    for (int t = 0; t < kTileTokens; ++t) {
-      scales[t] = 0;
+    for (int t = 0, count; t < kTileTokens; t += count) {
+      count = 1;
       if (source_[begin + t] != Source::kPool) continue;
       const int64_t slot = slot_[begin + t];
-      const uint8_t *tile = pool.tile(slot, kv_head_);
       const int row = int(slot % kTileTokens);
-      read_scales(tile, row, 1, scales + t);
+      const uint8_t *from = pool.tile(slot, kv_head_);
+      while (std::max(t, row) + count < kTileTokens && source_[begin + t + count] == Source::kPool &&
+             slot_[begin + t + count] == slot + count) {
+        ++count;
+      }
+      read_scales(from, row, count, scales + t);
       if (pool.block_size >= kTileTokens) {
-        found = tile + codes;
+        found = from + codes;
         continue;
       }
-      uint8_t record[kMaxHeadDim];
-      read_record(side, which, tile + codes, row, record);
-      if (found == nullptr) std::memset(gathered_, 0, size_t(kTileTokens * side.code_bytes()));
-      write_record(side, which, gathered_, t, record);
-      found = gathered_;
+      if (found == nullptr) std::memset(gathered, 0, size_t(kTileTokens * side.code_bytes()));
+      copy_rows(side, from + codes, row, gathered, t, count);
+      found = gathered;
     }
     return found;
   }
@@ -292,21 +321,23 @@ class Piece {
   // scales_.
   template <class Body>
   void for_coded_tiles(int which, int n, const Body &body) {
+    const int tile_bytes = kTileTokens * call_.codec->side(which).code_bytes();
     const uint8_t *tiles[kChunkTokens / kTileTokens];
-    int first = 0, count = 0;
+    int first = 0, count = 0, gathered = 0;  // the last: bytes of gathered_ in use
     const auto flush = [&] {
       if (count > 0) body(first, tiles, count);
-      count = 0;
+      count = gathered = 0;
     };
     for (int begin = 0; begin < n; begin += kTileTokens) {
-      const uint8_t *codes = find_tile(which, begin);
+      if (gathered + tile_bytes > int(sizeof gathered_)) flush();
+      const uint8_t *codes = find_tile(which, begin, gathered_ + gathered);
       if (codes == nullptr) {
         flush();
         continue;
       }
       if (count == 0) first = begin;
       tiles[count++] = codes;
-      if (codes == gathered_) flush();  // there is one such buffer
+      if (codes == gathered_ + gathered) gathered += tile_bytes;
     }
     flush();
   }
@@ -420,7 +451,7 @@ class Piece {
   alignas(64) float raw_[kRowBlock * kMaxHeadDim];
   alignas(64) float scores_[kRowBlock * kChunkTokens];
   alignas(64) float raw_row_[kMaxHeadDim];
-  alignas(64) uint8_t gathered_[kTileTokens * kMaxHeadDim];
+  alignas(64) uint8_t gathered_[4 * kTileTokens * kMaxHeadDim];
 };
 
 void rotate_queries(const AttentionCall &call, const AttentionWorkspace &workspace) {

@@ -261,7 +261,7 @@ TEST_CASE("the key offset restores the original logits") {
     };
     const double with = error_with(true), without = error_with(false);
     INFO(target.name << " relative error " << with << " with, " << without << " without");
-    CHECK(with < 0.2);
+    CHECK(with < 0.3);
     CHECK(without > 2 * with);
   }
 }
