@@ -7,11 +7,6 @@
 
 namespace {
 
-bool same_bits(const AttentionRun &a, const AttentionRun &b) {
-  return a.raw_out == b.raw_out && a.lse.size() == b.lse.size() &&
-         (a.lse.empty() || std::memcmp(a.lse.data(), b.lse.data(), a.lse.size() * sizeof(float)) == 0);
-}
-
 void check(const Target &target, const Scenario &scenario, double tolerance) {
   const AttentionRun got = scenario.run_on(target);
   INFO("status " << got.status << ' ' << (got.status == TQ_OK ? "" : tq_last_error()));

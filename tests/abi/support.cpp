@@ -367,6 +367,19 @@ tq_attention_args AttentionCall::host_args(tq_pages *pages, tq_pages *exact_page
   return host;
 }
 
+bool same_bits(const AttentionRun &a, const AttentionRun &b) {
+  const auto bits = [](const std::vector<float> &values) {
+    std::vector<uint32_t> result;
+    for (float value : values) {
+      uint32_t pattern;
+      std::memcpy(&pattern, &value, sizeof pattern);
+      result.push_back(pattern);
+    }
+    return result;
+  };
+  return a.raw_out == b.raw_out && bits(a.lse) == bits(b.lse);
+}
+
 AttentionRun run(const Target &target, const tq_codec *codec, const AttentionCall &call, int head_dim_v,
                  bool want_lse) {
   Device &device = *target.device;

@@ -133,6 +133,8 @@ struct AttentionRun {
   std::vector<float> lse;  // [tokens, q_heads]
   tq_faults faults{};
 };
+// Whether output and log-sum-exp are the same, bit for bit.
+bool same_bits(const AttentionRun &a, const AttentionRun &b);
 // Runs the call on a target. Checks guards, inputs left alone, and that gaps between strided rows stay poisoned.
 AttentionRun run(const Target &target, const tq_codec *codec, const AttentionCall &call, int head_dim_v,
                  bool want_lse = true);

@@ -40,8 +40,7 @@ TEST_CASE("the caller's parallel loop gives the pool's bits") {
       config.parallel_context = &counts;
       scenario->codec = make_codec(config);
       const AttentionRun got = scenario->run_on(target);
-      CHECK(want.raw_out == got.raw_out);
-      CHECK(std::memcmp(want.lse.data(), got.lse.data(), want.lse.size() * sizeof(float)) == 0);
+      CHECK(same_bits(want, got));
       CHECK(std::memcmp(&want.faults, &got.faults, sizeof got.faults) == 0);
       if (!scenario->call.lengths.empty() && scenario->call.args.num_tokens > 0) CHECK(counts.calls > 0);
 
@@ -62,9 +61,12 @@ TEST_CASE("many threads share one codec") {
   FRESH(random, "threads shared");
   for (const Target &target : targets()) {
     if (target.device->kind() != TQ_DEVICE_CPU) continue;
-    const std::unique_ptr<Scenario> scenario =
-        random_scenario(random.bits(), target,
-                        {.config = {.max_head_dim = 64, .allow_matrices = false}, .max_seqs = 8, .faults = false});
+    std::unique_ptr<Scenario> scenario;
+    do {
+      scenario =
+          random_scenario(random.bits(), target,
+                          {.config = {.max_head_dim = 64, .allow_matrices = false}, .max_seqs = 8, .faults = false});
+    } while (scenario->call.lengths.empty() || scenario->call.args.num_tokens == 0);
     tq_config config = scenario->config;
     config.threads = 3;
     scenario->codec = make_codec(config);
