@@ -19,6 +19,7 @@ inline constexpr int32_t kBlockTokens = 16;
 void register_vectors();
 void register_pages();
 void register_attention();
+void register_ggml();  // where it was built in
 
 // A zeroed struct of the interface with its struct_size set.
 template <class Struct>

@@ -24,6 +24,9 @@ int main(int argc, char **argv) {
   tqkv_bench::register_vectors();
   tqkv_bench::register_pages();
   tqkv_bench::register_attention();
+#ifdef TQKV_HAVE_GGML
+  tqkv_bench::register_ggml();
+#endif
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
 }

@@ -476,7 +476,7 @@ void check_attention(const AttentionRun &run, const oracle::Attention &expected,
   // Rounding the result to its type: at most half a unit in the last place, 2^-11 or 2^-8 of each value, and 2^-25
   // absolute among the subnormals of f16. A weight below 1e-38 of the largest (a sink's) is subnormal in f32.
   const double rounding = out_type == TQ_TYPE_F16 ? 0x1p-11 : out_type == TQ_TYPE_BF16 ? 0x1p-8 : 0;
-  const double smallest = out_type == TQ_TYPE_F16 ? 0x1p-25 : 1e-35;
+  const double smallest = out_type == TQ_TYPE_F16 ? 0x1p-25 : 1e-33;
   // A logit is an f32 sum of head_dim products; its error, relative to the sum of their magnitudes, is that of a few
   // units in the last place. It is an error of exp and so a relative one of each weight. What the figure allows covers
   // logits up to about 16.
