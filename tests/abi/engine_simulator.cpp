@@ -1004,7 +1004,7 @@ void Engine::store(std::vector<StoreItem> items) {
   while (random_.chance(0.2)) {
     items.insert(items.begin() + random_.integer(0, int64_t(items.size())), StoreItem{});
   }
-  if (mistaken(Mistake::kTokenNotStored)) items.back().slot = -1;
+  if (!items.empty() && mistaken(Mistake::kTokenNotStored)) items.back().slot = -1;
   std::vector<StoreItem> again;
   const bool spoil = random_.chance(0.08);
   for (StoreItem &item : items) {
