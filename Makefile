@@ -31,7 +31,7 @@ install: build ## install below PREFIX
 	cmake --install build --prefix $(PREFIX)
 
 format: ## clang-format every source
-	clang-format $(FORMAT) $$(find include src tests bench -name '*.[ch]' -o -name '*.[ch]pp' -o -name '*.inl')
+	clang-format $(FORMAT) $$(find include src kernels tests bench -name '*.[ch]' -o -name '*.[ch]pp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 clean: ## remove build/
 	cmake -E rm -rf build

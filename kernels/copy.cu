@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copies of blocks: reads and writes each byte once, 16 bytes a thread; blocks below a tile token by token.
+#include "kernels/device/launch.cuh"
 #include "kernels/device/vector.cuh"
 #include "kernels/inst.hpp"
 
@@ -8,8 +9,8 @@ namespace {
 
 constexpr int kCopyThreads = 256;
 
-__device__ void copy_token(const CopyCall &call, const SideShape &side, int64_t codes, int64_t scales,
-                           const uint8_t *from, uint8_t *to, int from_row, int to_row) {
+__device__ void copy_token(const SideShape &side, int64_t codes, int64_t scales, const uint8_t *from, uint8_t *to,
+                           int from_row, int to_row) {
   const int lane = int(threadIdx.x);
   const int bytes = record_bytes(side.head_dim, side.bits), first = plane_bytes(side.head_dim, side.bits, 0);
   for (int e = lane; e < bytes; e += kCopyThreads) {
@@ -52,8 +53,8 @@ __global__ void __launch_bounds__(kCopyThreads)
       const int64_t a = from * call.block_size + token, b = to * call.block_size + token;
       const uint8_t *source = call.src + a / kTileTokens * call.src_block_stride + head * call.src_head_stride;
       uint8_t *target = call.dst + b / kTileTokens * call.dst_block_stride + head * call.dst_head_stride;
-      copy_token(call, call.k, call.k_codes, call.k_scales, source, target, int(a % kTileTokens), int(b % kTileTokens));
-      copy_token(call, call.v, call.v_codes, call.v_scales, source, target, int(a % kTileTokens), int(b % kTileTokens));
+      copy_token(call.k, call.k_codes, call.k_scales, source, target, int(a % kTileTokens), int(b % kTileTokens));
+      copy_token(call.v, call.v_codes, call.v_scales, source, target, int(a % kTileTokens), int(b % kTileTokens));
     }
   }
 }
@@ -62,12 +63,9 @@ __global__ void __launch_bounds__(kCopyThreads)
 
 int launch_copy(const CopyCall &call, const HostPairs *host_pairs, int64_t first_pair, int64_t count, void *stream) {
   const dim3 grid(unsigned(count), unsigned(call.heads < 65535 ? call.heads : 65535));
-  if (host_pairs != nullptr) {
-    copy_kernel<true><<<grid, kCopyThreads, 0, cudaStream_t(stream)>>>(call, *host_pairs, first_pair);
-  } else {
-    copy_kernel<false><<<grid, kCopyThreads, 0, cudaStream_t(stream)>>>(call, HostPairs{}, first_pair);
-  }
-  return cudaPeekAtLastError();
+  if (host_pairs != nullptr)
+    return launch(copy_kernel<true>, grid, kCopyThreads, 0, stream, call, *host_pairs, first_pair);
+  return launch(copy_kernel<false>, grid, kCopyThreads, 0, stream, call, HostPairs{}, first_pair);
 }
 
 int load_copy() {

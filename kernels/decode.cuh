@@ -1,299 +1,308 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode and load of one head_dim, in registers. At head_dim 128, 4 bits and bf16 a vector moves 66 + 256 bytes and
-// takes about 17 issue slots an element. Levels come from a byte permutation, and become f32 by their place in a
-// mantissa; rows leave through a warp's own shared memory, so that neighbouring lanes write neighbouring bytes.
+// Decode and load of one head_dim after one Hadamard round: int8 grid values times a matrix of +-1, exact in integers. At
+// head_dim 128, 4 bits and bf16 a vector moves 66 + 256 bytes; an H200 has about 22 issue slots an element in that time.
 #pragma once
 
-#include "kernels/device/lanes.cuh"
+#include "kernels/device/launch.cuh"
+#include "kernels/device/rows.cuh"
 #include "kernels/inst.hpp"
 
 namespace tqkv::cuda {
 
-// Two blocks a multiprocessor: 128 registers a thread, or 255 where a lane has 48 channels. More warps with fewer registers
-// measured slower: the loop is as long as the vector, and fetching it is what they would wait for.
-inline constexpr int kDecodeBlocks = 2;
-constexpr int decode_threads(int head_dim) {
-  return head_dim == 96 ? 128 : 256;
+constexpr int decode_warps(int head_dim) {
+  return head_dim == 256 ? 16 : 8;
+}
+constexpr int decode_blocks(int head_dim) {  // a multiprocessor
+  return head_dim == 256 ? 1 : 2;
 }
 
-// Words of a lane's codes, wherever they are.
-template <int kWords>
-__device__ __forceinline__ void load_words(const uint8_t *at, bool aligned, uint32_t *word) {
-  constexpr int kVector = kWords % 4 == 0 ? 4 : kWords % 2 == 0 ? 2 : 1;
-  if (!aligned) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      word[i] = at[4 * i] | at[4 * i + 1] << 8 | at[4 * i + 2] << 16 | uint32_t(at[4 * i + 3]) << 24;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords; i += kVector) {
-      if constexpr (kVector == 4) {
-        const uint4 v = *reinterpret_cast<const uint4 *>(at + 4 * i);
-        word[i] = v.x, word[i + 1] = v.y, word[i + 2] = v.z, word[i + 3] = v.w;
-      } else if constexpr (kVector == 2) {
-        const uint2 v = *reinterpret_cast<const uint2 *>(at + 4 * i);
-        word[i] = v.x, word[i + 1] = v.y;
-      } else {
-        word[i] = *reinterpret_cast<const uint32_t *>(at + 4 * i);
-      }
-    }
-  }
-}
-
-// Word `index` of a token's plane in V, whose bytes are interleaved with those of its three neighbours.
-__device__ __forceinline__ uint32_t load_v_word(const uint8_t *plane, int index, int row) {
-  const uint4 v = *reinterpret_cast<const uint4 *>(plane + 64 * index + 16 * (row >> 2));
-  const uint32_t pick = uint32_t(row & 3) * 0x11 + 0x40;
-  return __byte_perm(__byte_perm(v.x, v.y, pick), __byte_perm(v.z, v.w, pick), 0x5410);
-}
-
-// 0xff where a byte's highest bit is set.
-__device__ __forceinline__ uint32_t sign_masks(uint32_t bytes) {
-  uint32_t masks;
-  asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(masks) : "r"(bytes));
-  return masks;
-}
-
+// The codes of a lane: words of its run in rows g and g + 8.
 template <int kHeadDim, int kBits>
-struct Decoder {
-  using Vec = Lanes<kHeadDim>;
-  static constexpr int C = Vec::C;
+struct RowCodes {
+  static constexpr int kSteps = kHeadDim / 32;  // chunks of 8 channels a lane has of a row
   static constexpr int kPlaneBits = kBits == 3 ? 2 : kBits == 1 ? 0 : kBits;
-  static constexpr int kWords = C * kPlaneBits / 32;
   static constexpr bool kOnes = kBits == 3 || kBits == 1;
   static constexpr int kPlane0 = kHeadDim * kPlaneBits / 8, kPlane1 = kHeadDim / 8;
-  static constexpr int kOnesWords = kOnes ? (C + 31) / 32 : 0;
-  uint32_t word[kWords > 0 ? kWords : 1], ones[2];
+  // Words that hold the 8 kSteps channels from 8 kSteps q on, and where the first begins.
+  static constexpr int kWords = kPlaneBits == 2 ? (kSteps + 1) / 2 : kSteps * kPlaneBits / 4;
+  static constexpr int kOnesWords = kSteps % 4 == 0 ? kSteps / 4 : kSteps == 2 ? 1 : 2;
+  __device__ static int first_word() { return kPlaneBits == 2 ? kSteps * lane_part() / 2 : kWords * lane_part(); }
+  __device__ static int first_ones() { return kSteps * lane_part() / 4; }
+  uint32_t word[kWords > 0 ? kWords : 1], ones[kOnes ? kOnesWords : 1];
 
-  // The 1-bit words that hold this lane's channels: of 48, the first or second half of the middle one.
-  __device__ static int ones_word(int i) { return C == 32 ? Vec::part() : Vec::part() + i; }
+  // Whether the lane has word i of its run in the 1-bit plane.
+  __device__ static bool has_ones(int i) { return i == 0 || first_ones() + i < kPlane1 / 4; }
 
-  __device__ void load_record(const uint8_t *plane0, const uint8_t *plane1, bool aligned) {
-    load_words<kWords>(plane0 + Vec::part() * 4 * kWords, aligned, word);
+  // Of a token's own bytes; `wide`: those are aligned to 16.
+  __device__ void load_record(const uint8_t *plane0, const uint8_t *plane1, bool wide) {
+    load_words<kWords>(plane0 + 4 * first_word(), wide && kHeadDim % 128 == 0, word);
+    if constexpr (kOnes) {
 #pragma unroll
-    for (int i = 0; i < kOnesWords; ++i) load_words<1>(plane1 + 4 * ones_word(i), aligned, ones + i);
+      for (int i = 0; i < kOnesWords; ++i) {
+        ones[i] = 0;
+        if (has_ones(i)) load_words<1>(plane1 + 4 * (first_ones() + i), false, ones + i);
+      }
+    }
   }
 
+  // Of V, where bytes of four tokens are interleaved.
   __device__ void load_v(const uint8_t *plane0, const uint8_t *plane1, int row) {
+    const auto read = [&](const uint8_t *plane, int index) {
+      const uint32_t pick = uint32_t(row & 3) * 0x11 + 0x40;
+      const uint4 v = __ldg(reinterpret_cast<const uint4 *>(plane + 64 * index + 16 * (row >> 2)));
+      return __byte_perm(__byte_perm(v.x, v.y, pick), __byte_perm(v.z, v.w, pick), 0x5410);
+    };
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) word[i] = load_v_word(plane0, Vec::part() * kWords + i, row);
+    for (int i = 0; i < kWords; ++i) word[i] = read(plane0, first_word() + i);
+    if constexpr (kOnes) {
 #pragma unroll
-    for (int i = 0; i < kOnesWords; ++i) ones[i] = load_v_word(plane1, ones_word(i), row);
+      for (int i = 0; i < kOnesWords; ++i) ones[i] = has_ones(i) ? read(plane1, first_ones() + i) : 0;
+    }
   }
 
-  // Bytes grid + 128 of channels 8g .. 8g + 7 as two words. `table`: those of the magnitudes at 4 bits, of the ascending
-  // indices below.
-  __device__ void grid_bytes(int g, uint2 table, uint32_t &low, uint32_t &high) const {
+  // Grid values of chunk t as signed bytes. `table`: those of magnitudes at 4 bits, of ascending indices below.
+  __device__ __forceinline__ void grid(int t, uint2 table, uint32_t &low, uint32_t &high) const {
     if constexpr (kBits == 8) {
-      low = word[2 * g] ^ 0x80808080;
-      high = word[2 * g + 1] ^ 0x80808080;
+      low = word[2 * t];
+      high = word[2 * t + 1];
     } else if constexpr (kBits == 4) {
-      const uint32_t index = word[g] & 0x77777777;
-      low = __byte_perm(table.x, table.y, index & 0xffff) ^ sign_masks(word[g]);
-      high = __byte_perm(table.x, table.y, index >> 16) ^ sign_masks(word[g] << 4);
+      const uint32_t index = word[t] & 0x77777777;
+      low = __byte_perm(table.x, table.y, index & 0xffff) ^ sign_masks(word[t]);
+      high = __byte_perm(table.x, table.y, index >> 16) ^ sign_masks(word[t] << 4);
     } else {
       uint32_t index = 0;
-      if constexpr (kPlaneBits == 2) index = word[g / 2] >> (g % 2 * 2) & 0x33333333;
-      if constexpr (kOnes) {
-        constexpr int kUp = kBits == 3 ? 2 : 0;  // where the bit belongs in the index
-        constexpr uint32_t kBit = 0x11111111u;
-        if constexpr (C == 32) {
-          constexpr int kAt[4] = {2, 1, 3, 0};
-          index |= (ones[0] >> kAt[g % 4] & kBit) << kUp;
-        } else {
-          // Channels 48 part + 8 g: of the second lane the fields begin with the middle word's third.
-          constexpr int kFirst[6] = {2, 1, 3, 0, 2, 1}, kSecond[6] = {3, 0, 2, 1, 3, 0};
-          const uint32_t a = ones[g / 4] >> kFirst[g] & kBit, b = ones[g / 2 == 0 ? 0 : 1] >> kSecond[g] & kBit;
-          index |= (Vec::part() == 0 ? a : b) << kUp;
-        }
-      }
+      if constexpr (kPlaneBits == 2) index = field(word, t, kSteps * lane_part() % 2, 2) & 0x33333333;
+      if constexpr (kOnes) index |= (ones_field(t) & 0x11111111) << (kBits == 3 ? 2 : 0);
       low = __byte_perm(table.x, table.y, index & 0xffff);
       high = __byte_perm(table.x, table.y, index >> 16);
     }
   }
 
-  __device__ void levels(uint2 table, float (&y)[C]) const {
+ private:
+  // The chunk that is the (skipped + t)th of two in a word. Which words these are is known to the compiler where
+  // kSteps is even, when `skipped` is 0.
+  template <int kCount>
+  __device__ static uint32_t field(const uint32_t (&words)[kCount], int t, int skipped, int bits) {
+    if constexpr (kSteps % 2 == 0) return words[t / 2] >> (t % 2 * bits);
+    const uint32_t even = words[t / 2] >> (t % 2 * bits), odd = words[(t + 1) / 2] >> ((t + 1) % 2 * bits);
+    return skipped == 0 ? even : odd;
+  }
+  __device__ uint32_t ones_field(int t) const {
+    constexpr uint32_t kAt = 0x0312;  // nibbles: {2, 1, 3, 0}
+    const int chunk = kSteps * lane_part() % 4 + t;
+    if constexpr (kSteps % 4 == 0) return ones[t / 4] >> (kAt >> (4 * (t % 4)) & 3);
+    uint32_t bits = 0;
 #pragma unroll
-    for (int g = 0; g < C / 8; ++g) {
-      uint32_t half[2];
-      grid_bytes(g, table, half[0], half[1]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        // 2^16 + 2 (grid + 128) as f32 bits; the level is 2 grid + 1.
-        constexpr uint32_t kMagic = 0x47800000;
-        const uint32_t bits = __byte_perm(half[i / 4], kMagic, 0x7604 | (i % 4) << 4);
-        y[8 * g + i] = __uint_as_float(bits) - 65791.0f;
-      }
-    }
+    for (int i = 0; i < kOnesWords; ++i) bits = chunk / 4 == i ? ones[i] : bits;
+    return bits >> (kAt >> (4 * (chunk % 4)) & 3);
   }
 };
 
+// What the warp's rows are, one a lane of the first 16; the others repeat them.
+struct DecodeRow {
+  const uint8_t *plane0 = nullptr, *plane1 = nullptr;  // of the record, or of V's tile
+  int64_t exact_slot = -1;
+  float scale = 0;
+  int row = 0;  // in the tile
+  bool coded = false, bad = false;
+};
+
+// Copies rows that are kept exact; the slot of row i is lane i's.
+static __device__ __noinline__ void load_exact(const VectorSide &v, uint32_t rows, int64_t own_slot, int64_t first,
+                                               int head) {
+  for (; rows != 0; rows &= rows - 1) {
+    const int row = __ffs(int(rows)) - 1, n = v.side.head_dim;
+    const int64_t slot = __shfl_sync(kAll, own_slot, row);
+    const uint8_t *tile = tile_at(v.exact, slot, head) + v.exact.codes_offset;
+    const int64_t at = (first + row) * v.rows.token_stride + head * v.rows.head_stride;
+    for (int c = lane_index(); c < n; c += 32) {
+      store_element(v.rows.data, v.rows.type, at + c, load_element(tile, v.side.raw_type, slot % kTileTokens * n + c));
+    }
+  }
+}
+
+template <int kHeadDim, int kBits>
+__device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 table, const uint32_t *matrix) {
+  using Codes = RowCodes<kHeadDim, kBits>;
+  constexpr int kSteps = Codes::kSteps;
+  const SideParams &side = v.side;
+  const uint32_t heads = uint32_t(call.heads), items = uint32_t((call.tokens + kRows - 1) / kRows) * heads;
+  for (uint32_t item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items; item += gridDim.x * (blockDim.x / 32)) {
+    // Heads first: neighbours read whole tokens.
+    const int head = int(item % heads);
+    const int64_t first = int64_t{item / heads} * kRows;
+    DecodeRow own;
+    const int64_t own_token = first + lane_index() % kRows;
+    if (own_token < call.tokens) {
+      if (call.slots == nullptr) {
+        own.coded = true;
+        own.plane0 = v.flat.codes + own_token * v.flat.codes_stride;
+        own.plane1 = own.plane0 + Codes::kPlane0;
+        own.scale = load_scale(side.scale_type, v.flat.scales + own_token * v.flat.scales_stride);
+      } else {
+        const Slots slots = read_load_slots(call, v, own_token);
+        own.bad = slots.bad;
+        if (own.bad && lane_index() < kRows && head == 0 && v.counts_slots) {
+          count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + own_token);
+        }
+        own.coded = !own.bad && slots.coded != -1;
+        if (!own.bad) own.exact_slot = slots.exact;
+        if (own.coded) {
+          const uint8_t *tile = tile_at(v.tiles, slots.coded, head);
+          own.row = int(slots.coded) % kTileTokens;
+          own.plane0 = tile + v.tiles.codes_offset;
+          own.plane1 = own.plane0 + kTileTokens * Codes::kPlane0;
+          if (!side.is_v) {
+            own.plane0 += own.row * Codes::kPlane0;
+            own.plane1 += own.row * Codes::kPlane1;
+          }
+          own.scale = load_scale(side.scale_type, tile + v.tiles.scales_offset + own.row * scale_bytes(side));
+        }
+      }
+    }
+    const uint32_t coded = __ballot_sync(kAll, own.coded), bad = __ballot_sync(kAll, own.bad);
+    const uint32_t exact = __ballot_sync(kAll, own.exact_slot != -1);
+    if ((coded | bad | exact) == 0) continue;
+
+    uint32_t a[kSteps][4];
+    float gain[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = lane_row() + 8 * r;
+      const auto *plane0 = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane0), row));
+      const auto *plane1 = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane1), row));
+      const int in_tile = __shfl_sync(kAll, own.row, row);
+      gain[r] = __shfl_sync(kAll, own.scale, row) * side.decode_gain;
+      Codes codes{};
+      if ((coded >> row & 1) != 0) {
+        if (call.slots != nullptr && side.is_v) {
+          codes.load_v(plane0, plane1, in_tile);
+        } else {
+          codes.load_record(plane0, plane1, call.slots != nullptr || v.flat.alignment == 16);
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t) codes.grid(t, table, a[t][r], a[t][r + 2]);
+    }
+
+    // Levels are 2 grid + 1: the sum of the +-1 in an output's column, halved, is where its sum begins. That is
+    // sign * head_dim for channel 0 and nothing for the others where the matrix is Sylvester's.
+    const float *offset = v.offset == nullptr ? nullptr : v.offset + head * kHeadDim;
+    const int32_t *halves = reinterpret_cast<const int32_t *>(matrix + kHeadDim * kHeadDim / 4);
+    const int64_t at = (first + lane_row()) * v.rows.token_stride + head * v.rows.head_stride + 8 * lane_part();
+    const int64_t next = 8 * v.rows.token_stride;
+    const bool plain = offset == nullptr && coded == kAll;
+    gain[0] *= 2, gain[1] *= 2;
+#pragma unroll 1
+    for (int t = 0; t < kSteps; ++t) {
+      const int channel = 8 * (4 * t + lane_part());
+      float x[2][8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int2 begin = *reinterpret_cast<const int2 *>(halves + channel + 2 * i);
+        const int32_t begins[4] = {begin.x, begin.y, begin.x, begin.y};
+        uint32_t b[kSteps][2];
+        load_rotation<kSteps>(matrix, 4 * t + i, b);
+        int32_t sum[4];
+        mma_m16n8k32<int8_t, int8_t>(sum, a[0], b[0], begins);
+#pragma unroll
+        for (int s = 1; s < kSteps; ++s) mma_m16n8k32<int8_t, int8_t>(sum, a[s], b[s], sum);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {  // sums began with the bits of kRoundingBias
+          x[j / 2][2 * i + j % 2] = __fmaf_rn(__int_as_float(sum[j]) - kRoundingBias, gain[j / 2], 0.0f);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = lane_row() + 8 * r;
+        if (!plain) {
+          if (offset != nullptr) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[r][i] = x[r][i] + offset[channel + i];
+          }
+          if ((bad >> row & 1) != 0) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) x[r][i] = 0;
+          }
+          if (((coded | bad) >> row & 1) == 0) continue;
+        }
+        store_chunk(v.rows, at + r * next + 32 * t, x[r]);
+      }
+    }
+    if (exact != 0) load_exact(v, exact & 0xffff, own.exact_slot, first, head);
+  }
+}
+
+// Grid values as signed bytes.
 __device__ inline uint2 level_table(const SideParams &side) {
   uint64_t bytes = 0;
   const int count = side.bits == 8 ? 0 : side.bits == 4 ? 8 : 1 << side.bits;
   for (int i = 0; i < count; ++i) {
     const int grid = (int(side.levels[i]) - 1) / 2;  // odd: exact below zero too
-    bytes |= uint64_t(grid + 128) << (8 * i);
+    bytes |= uint64_t(uint8_t(grid)) << (8 * i);
   }
   return make_uint2(uint32_t(bytes), uint32_t(bytes >> 32));
 }
 
-__device__ __forceinline__ uint32_t pack_halves(float low, float high, int type) {
-  uint32_t packed;
-  if (type == TQ_TYPE_BF16) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
-}
-
-template <int kHeadDim, int kBits>
-__device__ void decode_vectors(const VectorCall &call, const VectorSide &v, uint2 table, uint4 *staging) {
-  using Vec = Lanes<kHeadDim>;
-  constexpr int C = Vec::C;
-  const SideParams &side = v.side;
-  const int part = Vec::part(), lane = int(threadIdx.x % 32);
-  const uint32_t heads = uint32_t(call.heads);
-  const uint32_t items = uint32_t((call.tokens + Vec::kVectors - 1) / Vec::kVectors) * heads;
-  for (uint32_t item = blockIdx.x * (decode_threads(kHeadDim) / 32) + threadIdx.x / 32; item < items;
-       item += gridDim.x * (decode_threads(kHeadDim) / 32)) {
-    const int head = int(item % heads);
-    const int64_t first = int64_t{item / heads} * Vec::kVectors, token = first + Vec::vector();
-    bool wanted = token < call.tokens, zero = false, exact = false;
-    Decoder<kHeadDim, kBits> codes{};
-    float scale = 0;
-    Slots slots;
-    if (call.slots == nullptr) {
-      if (wanted) {
-        const uint8_t *record = v.flat.codes + token * v.flat.codes_stride;
-        codes.load_record(record, record + Decoder<kHeadDim, kBits>::kPlane0, v.flat.aligned);
-        scale = load_scale(side.scale_type, v.flat.scales + token * v.flat.scales_stride);
-      }
-    } else if (wanted) {
-      slots = read_load_slots(call, v, token);
-      zero = slots.bad;
-      exact = !zero && slots.exact != -1;
-      if (zero && part == 0 && head == 0 && v.counts_slots)
-        count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + token);
-      wanted = zero || exact || slots.coded != -1;
-      if (!zero && slots.coded != -1) {
-        const uint8_t *tile = tile_at(v.tiles, slots.coded, head);
-        const int row = int(slots.coded) & 15;
-        const uint8_t *plane0 = tile + v.tiles.codes_offset;
-        const uint8_t *plane1 = plane0 + kTileTokens * Decoder<kHeadDim, kBits>::kPlane0;
-        if (side.is_v) {
-          codes.load_v(plane0, plane1, row);
-        } else {
-          codes.load_record(plane0 + row * Decoder<kHeadDim, kBits>::kPlane0,
-                            plane1 + row * Decoder<kHeadDim, kBits>::kPlane1, true);
-        }
-        scale = load_scale(side.scale_type, tile + v.tiles.scales_offset + row * scale_bytes(side));
-      }
-    }
-    if (!__any_sync(kAll, wanted)) continue;
-
-    float y[C];
-    codes.levels(table, y);
-    for (int round = side.rounds - 1; round >= 0; --round) {
-      Vec::template hadamard<true>(y);
-      Vec::flip(side, round, y);
-    }
-    const float gain = scale * side.decode_gain;
-#pragma unroll
-    for (int i = 0; i < C; ++i) y[i] = y[i] * gain;
-    if (v.offset != nullptr) {
-      const float *offset = v.offset + head * kHeadDim + part * C;
-#pragma unroll
-      for (int i = 0; i < C; ++i) y[i] = y[i] + offset[i];
-    }
-    if (__any_sync(kAll, zero || exact)) {
-      if (zero) {
-#pragma unroll
-        for (int i = 0; i < C; ++i) y[i] = 0;
-      } else if (exact) {
-        const uint8_t *tile = tile_at(v.exact, slots.exact, head) + v.exact.codes_offset;
-        load_row(tile, side.raw_type, true, (slots.exact & 15) * kHeadDim + part * C, y);
-      }
-    }
-
-    const int64_t at = token * v.rows.token_stride + head * v.rows.head_stride + part * C;
-    if (!v.rows.aligned) {
-      if (wanted) {
-#pragma unroll
-        for (int i = 0; i < C; ++i) store_element(v.rows.data, v.rows.type, at + i, y[i]);
-      }
-    } else if (v.rows.type == TQ_TYPE_F32) {
-      if (wanted) {
-        float4 *to = reinterpret_cast<float4 *>(static_cast<float *>(v.rows.data) + at);
-#pragma unroll
-        for (int i = 0; i < C / 4; ++i) to[i] = make_float4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
-      }
-    } else {
-      // 16-byte chunk n of the warp's rows is at n ^ (n >> 3 & 7): free of bank conflicts in both directions.
-      const auto place = [](int n) { return n ^ (n >> 3 & 7); };
-      const unsigned wanted_lanes = __ballot_sync(kAll, wanted);
-      uint32_t word[C / 2];
-#pragma unroll
-      for (int i = 0; i < C / 2; ++i) word[i] = pack_halves(y[2 * i], y[2 * i + 1], v.rows.type);
-#pragma unroll
-      for (int i = 0; i < C / 8; ++i) {
-        staging[place(lane * (C / 8) + i)] = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
-      }
-      __syncwarp();
-      constexpr int kRowChunks = kHeadDim / 8;
-#pragma unroll
-      for (int i = 0; i < C / 8; ++i) {
-        const int n = 32 * i + lane, vector = n / kRowChunks;
-        if (wanted_lanes >> (vector * Vec::L) & 1) {
-          uint16_t *row =
-              static_cast<uint16_t *>(v.rows.data) + (first + vector) * v.rows.token_stride + head * v.rows.head_stride;
-          reinterpret_cast<uint4 *>(row)[n % kRowChunks] = staging[place(n)];
-        }
-      }
-      __syncwarp();
-    }
+// Where the sums of each channel begin, as the bits of kRoundingBias plus half of the column's sum.
+template <int kHeadDim>
+__device__ void fill_halves(const SideParams &side, int32_t *halves) {
+  for (int c = int(threadIdx.x); c < kHeadDim; c += int(blockDim.x)) {
+    int sum = 0;
+    for (int k = 0; k < kHeadDim; k += 4) sum += 4 - 2 * __popc(hadamard_signs4(side, c, k, true));
+    if ((side.signs[0][c >> 5] >> (c & 31) & 1) != 0) sum = -sum;
+    halves[c] = __float_as_int(kRoundingBias) + sum / 2;
   }
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(decode_threads(kHeadDim), kDecodeBlocks)
+__global__ void __launch_bounds__(32 * decode_warps(kHeadDim), decode_blocks(kHeadDim))
     decode_kernel(const __grid_constant__ VectorCall call) {
-  __shared__ uint4 staging[decode_threads(kHeadDim) * Lanes<kHeadDim>::C / 8];
   const VectorSide &v = call.side[blockIdx.y];
+  auto *matrix = static_cast<uint32_t *>(dynamic_shared());
+  fill_rotation<kHeadDim, true>(v.side, matrix);
+  fill_halves<kHeadDim>(v.side, reinterpret_cast<int32_t *>(matrix + kHeadDim * kHeadDim / 4));
+  __syncthreads();
   const uint2 table = level_table(v.side);
-  uint4 *own = staging + threadIdx.x / 32 * (32 * Lanes<kHeadDim>::C / 8);
   switch (v.side.bits) {
     case 1:
-      return decode_vectors<kHeadDim, 1>(call, v, table, own);
+      return decode_rows<kHeadDim, 1>(call, v, table, matrix);
     case 2:
-      return decode_vectors<kHeadDim, 2>(call, v, table, own);
+      return decode_rows<kHeadDim, 2>(call, v, table, matrix);
     case 3:
-      return decode_vectors<kHeadDim, 3>(call, v, table, own);
+      return decode_rows<kHeadDim, 3>(call, v, table, matrix);
     case 4:
-      return decode_vectors<kHeadDim, 4>(call, v, table, own);
+      return decode_rows<kHeadDim, 4>(call, v, table, matrix);
     default:
-      return decode_vectors<kHeadDim, 8>(call, v, table, own);
+      return decode_rows<kHeadDim, 8>(call, v, table, matrix);
   }
+}
+
+template <int kHeadDim>
+constexpr int decode_shared_bytes() {
+  return kHeadDim * kHeadDim + 4 * kHeadDim;
+}
+
+// The rest is for the generic kernels.
+template <int kHeadDim>
+bool takes_decode(const VectorSide &v, bool tiles, const DeviceLimits &limits) {
+  return v.side.rounds == 1 && v.rows.aligned != 0 && (tiles || v.flat.alignment >= 4) &&
+         decode_shared_bytes<kHeadDim>() <= limits.shared_bytes;
 }
 
 template <int kHeadDim>
 int load_decode() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, decode_kernel<kHeadDim>);
+  return cudaFuncSetAttribute(decode_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              decode_shared_bytes<kHeadDim>());
 }
 
 template <int kHeadDim>
 int launch_decode_fast(const VectorCall &call, const DeviceLimits &limits, void *stream) {
-  constexpr int kWarps = decode_threads(kHeadDim) / 32, kVectors = Lanes<kHeadDim>::kVectors;
-  const int64_t items = (call.tokens + kVectors - 1) / kVectors * call.heads;
-  if (items > INT32_MAX / 2) return cudaErrorInvalidValue;
-  const int64_t blocks = (items + kWarps - 1) / kWarps;
-  const int64_t resident = int64_t{limits.multiprocessors} * kDecodeBlocks / call.num_sides;
-  decode_kernel<kHeadDim><<<dim3(unsigned(blocks < resident ? blocks : resident), unsigned(call.num_sides)),
-                            decode_threads(kHeadDim), 0, cudaStream_t(stream)>>>(call);
-  return cudaPeekAtLastError();
+  constexpr int kWarps = decode_warps(kHeadDim);
+  const int64_t items = (call.tokens + kRows - 1) / kRows * call.heads;
+  const int64_t resident = int64_t{limits.multiprocessors} * decode_blocks(kHeadDim) / call.num_sides;
+  return launch(decode_kernel<kHeadDim>, dim3(unsigned(items < resident ? items : resident), unsigned(call.num_sides)),
+                32 * kWarps, decode_shared_bytes<kHeadDim>(), stream, call);
 }
 
 }  // namespace tqkv::cuda

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/generic.cuh"
 
+#include "kernels/device/launch.cuh"
 #include "kernels/inst.hpp"
 
 namespace tqkv::cuda {
@@ -14,29 +15,25 @@ dim3 grid_of(int64_t vectors, int sides, const DeviceLimits &limits) {
 }  // namespace
 
 int encode_generic(const VectorCall &call, const DeviceLimits &limits, void *stream) {
-  encode_generic_kernel<<<grid_of(call.tokens * call.heads, call.num_sides, limits), 32 * kGenericWarps, 0,
-                          cudaStream_t(stream)>>>(call);
-  return cudaPeekAtLastError();
+  const dim3 grid = grid_of(call.tokens * call.heads, call.num_sides, limits);
+  return launch(encode_generic_kernel, grid, 32 * kGenericWarps, 0, stream, call);
 }
 
 int decode_generic(const VectorCall &call, const DeviceLimits &limits, void *stream) {
-  decode_generic_kernel<<<grid_of(call.tokens * call.heads, call.num_sides, limits), 32 * kGenericWarps, 0,
-                          cudaStream_t(stream)>>>(call, nullptr);
-  return cudaPeekAtLastError();
+  const dim3 grid = grid_of(call.tokens * call.heads, call.num_sides, limits);
+  return launch(decode_generic_kernel, grid, 32 * kGenericWarps, 0, stream, call, nullptr);
 }
 
 int launch_prepare(const VectorCall &call, int side, float *rows, int32_t *exponents, void *stream) {
   const int64_t blocks = (call.tokens * call.heads + kGenericWarps - 1) / kGenericWarps;
-  prepare_kernel<<<unsigned(blocks), 32 * kGenericWarps, 0, cudaStream_t(stream)>>>(call, side, rows, exponents);
-  return cudaPeekAtLastError();
+  return launch(prepare_kernel, unsigned(blocks), 32 * kGenericWarps, 0, stream, call, side, rows, exponents);
 }
 
 int launch_finish(const VectorCall &call, int side, const float *rows, void *stream) {
   VectorCall one = call;
   one.side[0] = call.side[side];
   const int64_t blocks = (call.tokens * call.heads + kGenericWarps - 1) / kGenericWarps;
-  decode_generic_kernel<<<unsigned(blocks), 32 * kGenericWarps, 0, cudaStream_t(stream)>>>(one, rows);
-  return cudaPeekAtLastError();
+  return launch(decode_generic_kernel, unsigned(blocks), 32 * kGenericWarps, 0, stream, one, rows);
 }
 
 int load_generic() {

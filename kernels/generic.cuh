@@ -10,9 +10,10 @@ namespace tqkv::cuda {
 
 inline constexpr int kGenericWarps = 4;
 
-// Per warp 5.8 KB of shared memory.
+// Per warp 10 KB of shared memory.
 struct GenericScratch {
   float a[kMaxDim], b[kMaxDim];
+  int32_t y[kMaxDim], z[kMaxDim];
   uint8_t codes[kMaxDim];
   uint8_t record[2 * kMaxDim];
 };
@@ -22,33 +23,40 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-__device__ inline int warp_sum(int x) {
+__device__ inline int warp_max(int x) {
+  for (int lane = 16; lane > 0; lane /= 2) x = max(x, __shfl_xor_sync(kAll, x, lane));
+  return x;
+}
+
+template <class T>
+__device__ T warp_sum(T x) {
   for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(kAll, x, lane);
   return x;
 }
 
-__device__ inline void flip_signs(const SideParams &side, int round, int lane, float *x) {
+template <class T>
+__device__ void flip_signs(const SideParams &side, int round, int lane, T *x) {
   for (int c = lane; c < side.head_dim; c += 32) {
-    const uint32_t sign = side.signs[round][c >> 5] << (31 - (c & 31)) & 0x80000000;
-    x[c] = __uint_as_float(__float_as_uint(x[c]) ^ sign);
+    if (side.signs[round][c >> 5] >> (c & 31) & 1) x[c] = -x[c];
   }
   __syncwarp();
 }
 
 // x becomes H_base (or its transpose) of each block of it; `scratch` is overwritten.
-__device__ inline void apply_base(const SideParams &side, bool transpose, int lane, float *x, float *scratch) {
+template <class T>
+__device__ void apply_base(const SideParams &side, bool transpose, int lane, T *x, T *scratch) {
   const int m = side.base;
   if (m == 1) return;
   for (int c = lane; c < side.head_dim; c += 32) {
     const int i = c % m;
-    const float *v = x + (c - i);
-    float sum = 0;
+    const T *v = x + (c - i);
+    T sum = 0;
     for (int j = 0; j < m; j += 4) {
       const auto term = [&](int k) {
         const uint64_t negative = transpose ? side.base_rows[j + k] >> i & 1 : side.base_rows[i] >> (j + k) & 1;
         return negative != 0 ? -v[j + k] : v[j + k];
       };
-      const float group = (term(0) + term(1)) + (term(2) + term(3));
+      const T group = (term(0) + term(1)) + (term(2) + term(3));
       sum = j == 0 ? group : sum + group;
     }
     scratch[c] = sum;
@@ -58,11 +66,12 @@ __device__ inline void apply_base(const SideParams &side, bool transpose, int la
   __syncwarp();
 }
 
-__device__ inline void butterflies(const SideParams &side, int lane, float *x) {
+template <class T>
+__device__ void butterflies(const SideParams &side, int lane, T *x) {
   for (int stride = side.base; stride < side.head_dim; stride *= 2) {
     for (int pair = lane; pair < side.head_dim / 2; pair += 32) {
       const int i = pair / stride * 2 * stride + pair % stride;
-      const float a = x[i], b = x[i + stride];
+      const T a = x[i], b = x[i + stride];
       x[i] = a + b;
       x[i + stride] = a - b;
     }
@@ -70,12 +79,20 @@ __device__ inline void butterflies(const SideParams &side, int lane, float *x) {
   }
 }
 
-__device__ inline void rotate(const SideParams &side, int lane, float *x, float *scratch) {
+__device__ inline int to_integer_device(float x, float gain) {
+  return __float_as_int(__fmaf_rn(x, gain, kRoundingBias)) - __float_as_int(kRoundingBias);
+}
+
+// Y of quantize.hpp, where no matrix was applied.
+__device__ inline void rotate_integers(const SideParams &side, int lane, int32_t *y, int32_t *scratch) {
   for (int round = 0; round < side.rounds; ++round) {
-    flip_signs(side, round, lane, x);
-    apply_base(side, false, lane, x, scratch);
-    butterflies(side, lane, x);
+    flip_signs(side, round, lane, y);
+    apply_base(side, false, lane, y, scratch);
+    butterflies(side, lane, y);
   }
+  if (side.rounds < 2) return;
+  for (int c = lane; c < side.head_dim; c += 32) y[c] = to_integer_device(float(y[c]), side.round_gain);
+  __syncwarp();
 }
 
 __device__ inline void rotate_back(const SideParams &side, int lane, float *x, float *scratch) {
@@ -86,30 +103,12 @@ __device__ inline void rotate_back(const SideParams &side, int lane, float *x, f
   }
 }
 
-// ordered_sum of quantize.hpp by one warp. `v` is overwritten.
-__device__ inline float warp_ordered_sum(float *v, int n, int lane) {
-  const int m = sum_block(n);
-  if (m > 1) {
-    for (int b = lane * m; b < n; b += 32 * m) {
-      float sum = (v[b] + v[b + 1]) + (v[b + 2] + v[b + 3]);
-      for (int i = b + 4; i < b + m; i += 4) sum = sum + ((v[i] + v[i + 1]) + (v[i + 2] + v[i + 3]));
-      v[b] = sum;
-    }
-    __syncwarp();
-  }
-  for (int stride = m; stride < n; stride *= 2) {
-    for (int i = lane * 2 * stride; i < n; i += 64 * stride) v[i] = v[i] + v[i + stride];
-    __syncwarp();
-  }
-  const float sum = v[0];
-  __syncwarp();
-  return sum;
-}
-
-__device__ inline float squared_norm(const float *y, int n, int lane, float *scratch) {
-  for (int c = lane; c < n; c += 32) scratch[c] = y[c] * y[c];
-  __syncwarp();
-  return warp_ordered_sum(scratch, n, lane);
+// squared_norm() of quantize.hpp: a lane is a cell.
+__device__ inline float warp_squared_norm(const float *x, int n, int lane) {
+  float cell = 0;
+  for (int c = lane; c < n; c += kCells) cell = __fmaf_rn(x[c], x[c], cell);
+  for (int stride = 1; stride < kCells; stride *= 2) cell = cell + __shfl_xor_sync(kAll, cell, stride);
+  return cell;
 }
 
 // encode_vector of src/codec/cpu_scalar.cpp. `load(c)` gives coordinate c, rotated already if `exponents` say so.
@@ -122,63 +121,58 @@ __device__ Outcome encode_one(const SideParams &side, const int32_t *exponent_at
   __syncwarp();
   *scale = 0;
   int exponent = 0;
-  float norm2 = 0;
   if (exponent_at != nullptr) {
     exponent = *exponent_at;
     if (exponent == kNonFiniteRow) return kNonFinite;
     if (exponent == kZeroRow) return kFine;
-    norm2 = squared_norm(s.a, n, lane, s.b);
-  } else {
-    rotate(side, lane, s.a, s.b);
-    norm2 = squared_norm(s.a, n, lane, s.b);
-    if (!(norm2 >= kMinSquaredNorm && norm2 <= kMaxSquaredNorm)) {
-      float largest = 0;
-      bool finite = true;
-      for (int c = lane; c < n; c += 32) {
-        const float x = load(c);
-        finite = finite && isfinite(x);
-        largest = fmaxf(largest, fabsf(x));
-      }
-      if (__any_sync(kAll, !finite)) return kNonFinite;
-      largest = warp_max(largest);
-      if (largest == 0) return kFine;
-      exponent = exponent_of(largest);
-      __syncwarp();
-      for (int c = lane; c < n; c += 32) s.a[c] = times_power_of_two(load(c), -exponent);
-      __syncwarp();
-      rotate(side, lane, s.a, s.b);
-      norm2 = squared_norm(s.a, n, lane, s.b);
-    }
   }
-  int uu = 0;
-  if (side.bits == 8) {
+  float norm2 = warp_squared_norm(s.a, n, lane);
+  if (exponent_at == nullptr && !(norm2 >= kMinSquaredNorm && norm2 <= kMaxSquaredNorm)) {
     float largest = 0;
-    for (int c = lane; c < n; c += 32) largest = fmaxf(largest, fabsf(s.a[c]));
-    const float gain = 127.5f / warp_max(largest);
+    bool finite = true;
     for (int c = lane; c < n; c += 32) {
-      const int grid = choose_grid8(s.a[c] * gain), u = 2 * grid + 1;
-      s.record[c] = uint8_t(grid);
-      s.b[c] = s.a[c] * float(u);
-      uu += u * u;
+      finite = finite && isfinite(s.a[c]);
+      largest = fmaxf(largest, fabsf(s.a[c]));
     }
-  } else {
-    const float gain = side.z_gain / sqrtf(norm2);
-    for (int c = lane; c < n; c += 32) {
-      const unsigned code = choose_code(s.a[c] * gain, side.thresholds, side.bits);
-      const float u = side.levels[code];
-      s.codes[c] = uint8_t(code);
-      s.b[c] = s.a[c] * u;
-      uu += int(u) * int(u);
-    }
+    if (__any_sync(kAll, !finite)) return kNonFinite;
+    largest = warp_max(largest);
+    if (largest == 0) return kFine;
+    exponent = exponent_of(largest);
+    for (int c = lane; c < n; c += 32) s.a[c] = times_power_of_two(s.a[c], -exponent);
     __syncwarp();
+    norm2 = warp_squared_norm(s.a, n, lane);
+  }
+  const float norm = sqrtf(norm2), gain = side.steps / norm;
+  for (int c = lane; c < n; c += 32) s.y[c] = to_integer_device(s.a[c], gain);
+  __syncwarp();
+  rotate_integers(side, lane, s.y, s.z);
+
+  int64_t dot = 0;
+  int uu = 0, largest = 0;
+  for (int c = lane; c < n; c += 32) largest = max(largest, abs(s.y[c]));
+  const float grid_gain = gain8(warp_max(largest));
+  for (int c = lane; c < n; c += 32) {
+    int u;
+    if (side.bits == 8) {
+      const int grid = choose_grid8(s.y[c], grid_gain);
+      u = 2 * grid + 1;
+      s.record[c] = uint8_t(grid);
+    } else {
+      const unsigned code = choose_code(s.y[c], side.thresholds, side.bits);
+      u = int(side.levels[code]);
+      s.codes[c] = uint8_t(code);
+    }
+    dot += int64_t{s.y[c]} * u;
+    uu += u * u;
+  }
+  __syncwarp();
+  if (side.bits != 8) {
     // A lane's 32 channels share no byte with those of another.
     for (int c = 32 * lane; c < n && c < 32 * lane + 32; ++c) put_code(s.record, n, side.bits, c, s.codes[c]);
   }
-  uu = warp_sum(uu);
-  __syncwarp();
-  const float dot = warp_ordered_sum(s.b, n, lane);
-  const float value = choose_scale(side.scale_rule, norm2, dot, float(uu), side.scale_gain);
+  const float value = choose_scale(side.scale_rule, norm, warp_sum(dot), warp_sum(uu), side.scale_gain);
   *scale = exponent == 0 ? value : times_power_of_two(value, exponent);
+  __syncwarp();
   return kFine;
 }
 
@@ -316,7 +310,7 @@ __device__ inline void decode_one(const SideParams &side, float scale, int lane,
   __syncwarp();
   rotate_back(side, lane, s.a, s.b);
   const float gain = scale * side.decode_gain;
-  for (int c = lane; c < n; c += 32) s.a[c] = s.a[c] * gain;
+  for (int c = lane; c < n; c += 32) s.a[c] = __fmaf_rn(s.a[c], gain, 0.0f);
   __syncwarp();
 }
 

@@ -21,9 +21,10 @@ struct SideShape {
 
 // A Side (src/codec/side.hpp) as the kernels want it: passed by value, no device memory.
 struct SideParams : SideShape {
-  int32_t rounds, base, scale_rule;
-  float thresholds[8], levels[16];
-  float z_gain, scale_gain, decode_gain;
+  int32_t rounds, base, scale_rule, unit_shift;
+  int32_t thresholds[8];
+  float levels[16];
+  float steps, round_gain, scale_gain, decode_gain;
   uint32_t signs[3][kSignWords];  // bit c & 31 of word c >> 5: channel c is negated in that round
   uint64_t base_rows[kMaxBase];   // bit j of row i: entry (i, j) of the base matrix is -1
 };
@@ -40,7 +41,7 @@ struct Rows {
 struct FlatCodes {
   uint8_t *codes, *scales;
   int64_t codes_stride, scales_stride;
-  int32_t aligned;  // codes and stride are multiples of 16 bytes
+  int32_t alignment;  // of codes and stride in bytes: 16, 4 or 1
 };
 
 // One side of a pool of pages.
@@ -106,6 +107,7 @@ struct MergeCall {
 
 struct DeviceLimits {
   int32_t multiprocessors, compute_capability;
+  int32_t shared_bytes;  // that a block can have
 };
 
 // Restores the calling thread's current device.

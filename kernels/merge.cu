@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // tq_merge_states: reads each state once and writes one; a warp a row, states in order. The output may be the first
 // state: a lane reads all states of a channel before it writes that channel.
+#include "kernels/device/launch.cuh"
 #include "kernels/device/vector.cuh"
 #include "kernels/inst.hpp"
 
@@ -45,8 +46,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 int launch_merge(const MergeCall &call, void *stream) {
   constexpr int kWarps = kMergeThreads / 32;
   const int64_t blocks = (call.num_rows + kWarps - 1) / kWarps;
-  merge_kernel<<<unsigned(blocks < 65536 ? blocks : 65536), kMergeThreads, 0, cudaStream_t(stream)>>>(call);
-  return cudaPeekAtLastError();
+  return launch(merge_kernel, unsigned(blocks < 65536 ? blocks : 65536), kMergeThreads, 0, stream, call);
 }
 
 int load_merge() {

@@ -13,37 +13,49 @@ int load_encode();
 template <int kHeadDim>
 int load_decode();
 template <int kHeadDim>
+bool takes_encode(const VectorSide &v, bool tiles, const DeviceLimits &limits);
+template <int kHeadDim>
+bool takes_decode(const VectorSide &v, bool tiles, const DeviceLimits &limits);
+template <int kHeadDim>
 int launch_encode_fast(const VectorCall &call, const DeviceLimits &limits, void *stream);
 template <int kHeadDim>
 int launch_decode_fast(const VectorCall &call, const DeviceLimits &limits, void *stream);
 
 namespace {
 
+struct FastKernel {
+  bool (*takes)(const VectorSide &, bool tiles, const DeviceLimits &);
+  int (*launch)(const VectorCall &, const DeviceLimits &, void *stream);
+};
 struct FastKernels {
   int head_dim;
   int (*load_encode)();
   int (*load_decode)();
-  int (*encode)(const VectorCall &, const DeviceLimits &, void *stream);
-  int (*decode)(const VectorCall &, const DeviceLimits &, void *stream);
+  FastKernel encode, decode;
 };
 
 template <int kHeadDim>
 constexpr FastKernels fast_kernels() {
-  return {kHeadDim, load_encode<kHeadDim>, load_decode<kHeadDim>, launch_encode_fast<kHeadDim>,
-          launch_decode_fast<kHeadDim>};
+  return {kHeadDim,
+          load_encode<kHeadDim>,
+          load_decode<kHeadDim>,
+          {takes_encode<kHeadDim>, launch_encode_fast<kHeadDim>},
+          {takes_decode<kHeadDim>, launch_decode_fast<kHeadDim>}};
 }
 
 constexpr FastKernels kFast[] = {fast_kernels<64>(), fast_kernels<96>(), fast_kernels<128>(), fast_kernels<256>()};
 
-// Both sides of one head_dim, neither raw: what the fast kernels take.
-const FastKernels *find_fast(const VectorCall &call) {
-  for (int i = 0; i < call.num_sides; ++i) {
-    const SideParams &side = call.side[i].side;
-    if (side.bits == kRawBits || side.head_dim != call.side[0].side.head_dim) return nullptr;
-  }
+// The kernel for both sides of a call, or nullptr: then the generic one takes it.
+const FastKernel *find_fast(const VectorCall &call, const DeviceLimits &limits, FastKernel FastKernels::*kind) {
   if (call.tokens > INT64_C(1) << 40 || (call.tokens + 3) / 4 * call.heads > INT32_MAX / 2) return nullptr;
   for (const FastKernels &fast : kFast) {
-    if (fast.head_dim == call.side[0].side.head_dim) return &fast;
+    if (fast.head_dim != call.side[0].side.head_dim) continue;
+    for (int i = 0; i < call.num_sides; ++i) {
+      const VectorSide &v = call.side[i];
+      if (v.side.bits == kRawBits || v.side.head_dim != fast.head_dim) return nullptr;
+      if (!(fast.*kind).takes(v, call.slots != nullptr, limits)) return nullptr;
+    }
+    return &(fast.*kind);
   }
   return nullptr;
 }
@@ -74,7 +86,7 @@ int device_limits(int ordinal, DeviceLimits *limits) {
   if (const int error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal)) return error;
   if (const int error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ordinal)) return error;
   limits->compute_capability = 10 * major + minor;
-  return 0;
+  return cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
 }
 
 int load_kernels() {
@@ -108,13 +120,13 @@ int clear(void *device, size_t bytes, void *stream) {
 }
 
 int launch_encode(const VectorCall &call, const DeviceLimits &limits, void *stream) {
-  const FastKernels *fast = find_fast(call);
-  return fast != nullptr ? fast->encode(call, limits, stream) : encode_generic(call, limits, stream);
+  const FastKernel *fast = find_fast(call, limits, &FastKernels::encode);
+  return fast != nullptr ? fast->launch(call, limits, stream) : encode_generic(call, limits, stream);
 }
 
 int launch_decode(const VectorCall &call, const DeviceLimits &limits, void *stream) {
-  const FastKernels *fast = find_fast(call);
-  return fast != nullptr ? fast->decode(call, limits, stream) : decode_generic(call, limits, stream);
+  const FastKernel *fast = find_fast(call, limits, &FastKernels::decode);
+  return fast != nullptr ? fast->launch(call, limits, stream) : decode_generic(call, limits, stream);
 }
 
 }  // namespace tqkv::cuda

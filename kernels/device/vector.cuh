@@ -2,12 +2,12 @@
 // Moving one vector between memory and registers or shared memory, slots, faults.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "codec/half.hpp"
 #include "codec/quantize.hpp"
 #include "codec/record.hpp"
+#include "kernels/device/ptx.cuh"
 #include "kernels/launch.hpp"
 
 namespace tqkv::cuda {
@@ -70,14 +70,14 @@ __device__ inline Slots read_load_slots(const VectorCall &call, const VectorSide
 __device__ inline float load_element(const void *data, int type, int64_t at) {
   if (type == TQ_TYPE_F32) return static_cast<const float *>(data)[at];
   const uint16_t half = static_cast<const uint16_t *>(data)[at];
-  return type == TQ_TYPE_F16 ? f32_from_f16(half) : f32_from_bf16(half);
+  return type == TQ_TYPE_F16 ? __half2float(__ushort_as_half(half)) : f32_from_bf16(half);
 }
 
 __device__ inline void store_element(void *data, int type, int64_t at, float value) {
   if (type == TQ_TYPE_F32) {
     static_cast<float *>(data)[at] = value;
   } else {
-    static_cast<uint16_t *>(data)[at] = type == TQ_TYPE_F16 ? f16_from_f32(value) : bf16_from_f32(value);
+    static_cast<uint16_t *>(data)[at] = uint16_t(type == TQ_TYPE_F16 ? pack_f16(value, 0) : pack_bf16(value, 0));
   }
 }
 
@@ -111,13 +111,13 @@ __device__ inline Outcome store_scale(float value, int scale_type, uint8_t *at) 
     return value > kMaxF32 ? kClamped : kFine;
   }
   constexpr float kMaxF16 = 65504;
-  *reinterpret_cast<uint16_t *>(at) = f16_from_f32(kMaxF16 < value ? kMaxF16 : value);
+  *reinterpret_cast<uint16_t *>(at) = uint16_t(pack_f16(kMaxF16 < value ? kMaxF16 : value, 0));
   return value > kMaxF16 ? kClamped : kFine;
 }
 
 __device__ inline float load_scale(int scale_type, const uint8_t *at) {
   return scale_type == TQ_TYPE_F32 ? *reinterpret_cast<const float *>(at)
-                                   : f32_from_f16(*reinterpret_cast<const uint16_t *>(at));
+                                   : __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t *>(at)));
 }
 
 __device__ inline int scale_bytes(const SideShape &side) {

@@ -19,7 +19,7 @@ namespace tqkv {
 namespace {
 
 // Raised whenever the byte order or the arithmetic of stored bytes changes.
-constexpr uint32_t kFormatVersion = 1;
+constexpr uint32_t kFormatVersion = 2;
 
 // Feeds values to a hash as little-endian bytes.
 class Hasher {
@@ -54,7 +54,8 @@ void add_side(Hasher &hash, const Side &side) {
   hash.add(side.signs.data(), side.signs.size());
   hash.add(side.matrix.data(), side.matrix.size());
   hash.add(side.levels, kMaxLevels);
-  hash.add(side.z_gain);
+  hash.add(side.steps);
+  hash.add(side.unit_shift);
   hash.add(side.level_unit);
 }
 

@@ -30,12 +30,6 @@ void from_f32(const float *input, int type, int count, void *output) {
   for (int i = 0; i < count; ++i) half[i] = type == TQ_TYPE_F16 ? f16_from_f32(input[i]) : bf16_from_f32(input[i]);
 }
 
-float squared_norm(const float *y, int n) {
-  float squares[kMaxHeadDim];
-  for (int c = 0; c < n; ++c) squares[c] = y[c] * y[c];
-  return ordered_sum(squares, n);
-}
-
 Encoded store_scale(const Side &side, float value, void *scale) {
   if (side.scale_type == TQ_TYPE_F32) {
     const float kept = std::min(value, FLT_MAX);
@@ -54,10 +48,7 @@ Encoded encode_vector(const Side &side, float *row, uint8_t *record, void *scale
   const int n = side.head_dim;
   std::memset(record, 0, size_t(side.code_bytes()));
   std::memset(scale, 0, size_t(side.scale_bytes()));
-  float y[kMaxHeadDim];
-  std::copy_n(row, n, y);
-  rotate(side, y);
-  float norm2 = squared_norm(y, n);
+  float norm2 = squared_norm(row, n);
   int exponent = 0;
   if (!(norm2 >= kMinSquaredNorm && norm2 <= kMaxSquaredNorm)) {
     float largest = 0;
@@ -67,35 +58,35 @@ Encoded encode_vector(const Side &side, float *row, uint8_t *record, void *scale
     }
     if (largest == 0) return Encoded::kFine;
     exponent = std::ilogb(largest);
-    for (int c = 0; c < n; ++c) y[c] = std::ldexp(row[c], -exponent);
-    rotate(side, y);
-    norm2 = squared_norm(y, n);
+    for (int c = 0; c < n; ++c) row[c] = std::ldexp(row[c], -exponent);
+    norm2 = squared_norm(row, n);
   }
+  const float norm = std::sqrt(norm2), gain = side.steps / norm;
+  if (!side.matrix.empty()) rotate(side, row);
+  int32_t y[kMaxHeadDim];
+  for (int c = 0; c < n; ++c) y[c] = to_integer(row[c], gain);
+  rotate(side, y);
 
-  float products[kMaxHeadDim];
+  int64_t dot = 0;
   int uu = 0;
-  if (side.bits == 8) {
-    float largest = 0;
-    for (int c = 0; c < n; ++c) largest = std::max(largest, std::fabs(y[c]));
-    const float gain = 127.5f / largest;
-    for (int c = 0; c < n; ++c) {
-      const int grid = choose_grid8(y[c] * gain), u = 2 * grid + 1;
+  int largest = 0;
+  for (int c = 0; c < n; ++c) largest = std::max(largest, std::abs(y[c]));
+  const float grid_gain = gain8(largest);
+  for (int c = 0; c < n; ++c) {
+    int u;
+    if (side.bits == 8) {
+      const int grid = choose_grid8(y[c], grid_gain);
+      u = 2 * grid + 1;
       record[c] = uint8_t(grid);
-      products[c] = y[c] * float(u);
-      uu += u * u;
-    }
-  } else {
-    const float gain = side.z_gain / std::sqrt(norm2);
-    for (int c = 0; c < n; ++c) {
-      const unsigned code = choose_code(y[c] * gain, side.thresholds, side.bits);
-      const float u = side.levels[code];
+    } else {
+      const unsigned code = choose_code(y[c], side.thresholds, side.bits);
+      u = int(side.levels[code]);
       put_code(record, n, side.bits, c, code);
-      products[c] = y[c] * u;
-      uu += int(u) * int(u);
     }
+    dot += int64_t{y[c]} * u;
+    uu += u * u;
   }
-  const float dot = ordered_sum(products, n);
-  const float value = choose_scale(side.scale_rule, norm2, dot, float(uu), side.scale_gain);
+  const float value = choose_scale(side.scale_rule, norm, dot, uu, side.scale_gain);
   return store_scale(side, exponent == 0 ? value : std::ldexp(value, exponent), scale);
 }
 
@@ -120,7 +111,7 @@ void decode(const Side &side, const uint8_t *records, const void *scales, int n,
     float scale = 0;
     to_f32(static_cast<const uint8_t *>(scales) + i * side.scale_bytes(), side.scale_type, 1, &scale);
     const float gain = scale * side.decode_gain;
-    for (int c = 0; c < side.head_dim; ++c) row[c] = row[c] * gain;
+    for (int c = 0; c < side.head_dim; ++c) row[c] = std::fma(row[c], gain, 0.0f);  // a zero is +0
   }
 }
 

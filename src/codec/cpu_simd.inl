@@ -33,6 +33,7 @@ constexpr hn::ScalableTag<uint32_t> kU;
 constexpr hn::Rebind<uint16_t, hn::ScalableTag<float>> kU16;
 constexpr hn::Rebind<hwy::float16_t, hn::ScalableTag<float>> kF16;
 using F = hn::Vec<decltype(kF)>;
+using I = hn::Vec<decltype(kI)>;
 using U = hn::Vec<decltype(kU)>;
 
 constexpr int kLanes = int(hn::MaxLanes(kF));
@@ -40,14 +41,27 @@ constexpr int kChunk = 16;  // channels; every head_dim is a multiple
 static_assert(kLanes <= kGroup && kLanes <= kChunk && kChunk % kLanes == 0);
 
 // A value of each lane's vector for each channel, [head_dim, kLanes].
+template <class T>
 struct alignas(64) Channels {
-  float of[kMaxHeadDim * kLanes];
+  T of[kMaxHeadDim * kLanes];
 };
 constexpr int kMaxWords = kMaxHeadDim / 4;
 struct alignas(64) Words {
   uint32_t of[(kMaxWords + kLanes - 1) / kLanes * kLanes * kLanes];
 };
 
+HWY_INLINE F load(const float *from) {
+  return hn::Load(kF, from);
+}
+HWY_INLINE I load(const int32_t *from) {
+  return hn::Load(kI, from);
+}
+HWY_INLINE void store(F v, float *to) {
+  hn::Store(v, kF, to);
+}
+HWY_INLINE void store(I v, int32_t *to) {
+  hn::Store(v, kI, to);
+}
 HWY_INLINE F bits_to_float(U v) {
   return hn::BitCast(kF, v);
 }
@@ -67,14 +81,15 @@ HWY_INLINE U shifted_left(U v, int count) {  // right where negative
   return count >= 0 ? hn::ShiftLeftSame(v, count) : hn::ShiftRightSame(v, -count);
 }
 
-// 8 floats to look up: `count` of them, a power of two, repeated.
+// 8 values of 4 bytes to look up: `count` of them, a power of two, repeated.
 class Table {
  public:
-  Table(const float *entries, int count) {
-    alignas(64) float repeated[16];
+  template <class T>
+  Table(const T *entries, int count) {
+    alignas(64) T repeated[16];
     for (int i = 0; i < 16; ++i) repeated[i] = entries[i & (count - 1)];
-    low_ = hn::Load(kF, repeated);
-    high_ = hn::Load(kF, repeated + kHigh);
+    low_ = hn::BitCast(kF, load(repeated));
+    high_ = hn::BitCast(kF, load(repeated + kHigh));
   }
   HWY_INLINE F operator[](U index) const {  // below 8
     if constexpr (kHigh == 0) return hn::TableLookupLanes(low_, hn::IndicesFromVec(kF, hn::BitCast(kI, index)));
@@ -167,12 +182,12 @@ void store_words(const Words &words, int n, int bytes, uint8_t *records) {
 // ------------------------------------------------------------------------------------------------------- rotation --
 
 // Butterflies at strides 1, 2, 4, .. kRadix / 2.
-template <int kRadix>
-HWY_INLINE void butterflies(F *x) {
+template <int kRadix, class V>
+HWY_INLINE void butterflies(V *x) {
   TQKV_UNROLL for (int stride = 1; stride < kRadix; stride *= 2) {
     TQKV_UNROLL for (int k = 0; k < kRadix / 2; ++k) {
       const int i = k / stride * 2 * stride + k % stride;
-      const F a = x[i], b = x[i + stride];
+      const V a = x[i], b = x[i + stride];
       x[i] = hn::Add(a, b);
       x[i + stride] = hn::Sub(a, b);
     }
@@ -180,21 +195,22 @@ HWY_INLINE void butterflies(F *x) {
 }
 
 // The stages at strides stride, 2 stride, .. kRadix / 2 stride, in one pass over memory.
-template <int kRadix>
-void butterfly_pass(int head_dim, int stride, float *x) {
+template <int kRadix, class T>
+void butterfly_pass(int head_dim, int stride, T *x) {
   const int step = stride * kLanes;
   for (int i = 0; i < head_dim * kLanes; i += kRadix * step) {
     for (int j = i; j < i + step; j += kLanes) {
-      F v[kRadix];
-      TQKV_UNROLL for (int k = 0; k < kRadix; ++k) v[k] = hn::Load(kF, x + j + k * step);
+      decltype(load(x)) v[kRadix];
+      TQKV_UNROLL for (int k = 0; k < kRadix; ++k) v[k] = load(x + j + k * step);
       butterflies<kRadix>(v);
-      TQKV_UNROLL for (int k = 0; k < kRadix; ++k) hn::Store(v[k], kF, x + j + k * step);
+      TQKV_UNROLL for (int k = 0; k < kRadix; ++k) store(v[k], x + j + k * step);
     }
   }
 }
 
 // All stages from `stride` on, in as few passes as the registers allow.
-void butterfly_passes(int head_dim, int stride, float *x) {
+template <class T>
+void butterfly_passes(int head_dim, int stride, T *x) {
   constexpr int kMostStages = kLanes == 16 ? 4 : 3;
   int stages = 0;
   while (stride << stages < head_dim) ++stages;
@@ -212,7 +228,9 @@ void butterfly_passes(int head_dim, int stride, float *x) {
 // H_base, or its transpose, for each run of `base` channels. Rows of H_base add one of four sums of each pair of
 // adjacent channels, which are formed once: a + b, b - a, a - b and -a - b, exactly what adding negated terms gives, zeros'
 // signs included.
-void apply_base(const Side &side, bool transposed, float *x) {
+template <class T>
+void apply_base(const Side &side, bool transposed, T *x) {
+  using V = decltype(load(x));
   constexpr int kMaxBase = 36;
   const int base = side.base, pairs = base / 2;
   const int8_t *h = &side.base_matrix[0];
@@ -224,22 +242,22 @@ void apply_base(const Side &side, bool transposed, float *x) {
       choices[i][p] = uint16_t((4 * p + (*first < 0) + 2 * (*second < 0)) * kLanes);
     }
   }
-  alignas(64) float sums[kMaxBase / 2 * 4 * kLanes];
-  for (float *block = x; block < x + side.head_dim * kLanes; block += base * kLanes) {
+  alignas(64) T sums[kMaxBase / 2 * 4 * kLanes];
+  for (T *block = x; block < x + side.head_dim * kLanes; block += base * kLanes) {
     for (int p = 0; p < pairs; ++p) {
-      const F a = hn::Load(kF, block + 2 * p * kLanes), b = hn::Load(kF, block + (2 * p + 1) * kLanes);
-      hn::Store(hn::Add(a, b), kF, sums + 4 * p * kLanes);
-      hn::Store(hn::Sub(b, a), kF, sums + (4 * p + 1) * kLanes);
-      hn::Store(hn::Sub(a, b), kF, sums + (4 * p + 2) * kLanes);
-      hn::Store(hn::Sub(hn::Neg(a), b), kF, sums + (4 * p + 3) * kLanes);
+      const V a = load(block + 2 * p * kLanes), b = load(block + (2 * p + 1) * kLanes);
+      store(hn::Add(a, b), sums + 4 * p * kLanes);
+      store(hn::Sub(b, a), sums + (4 * p + 1) * kLanes);
+      store(hn::Sub(a, b), sums + (4 * p + 2) * kLanes);
+      store(hn::Sub(hn::Neg(a), b), sums + (4 * p + 3) * kLanes);
     }
     for (int i = 0; i < base; ++i) {
       const uint16_t *choice = choices[i];
-      F sum = hn::Add(hn::Load(kF, sums + choice[0]), hn::Load(kF, sums + choice[1]));
+      V sum = hn::Add(load(sums + choice[0]), load(sums + choice[1]));
       for (int p = 2; p < pairs; p += 2) {
-        sum = hn::Add(sum, hn::Add(hn::Load(kF, sums + choice[p]), hn::Load(kF, sums + choice[p + 1])));
+        sum = hn::Add(sum, hn::Add(load(sums + choice[p]), load(sums + choice[p + 1])));
       }
-      hn::Store(sum, kF, block + i * kLanes);
+      store(sum, block + i * kLanes);
     }
   }
 }
@@ -256,7 +274,7 @@ void apply_matrix(const Side &side, bool transposed, float *x) {
   const int n = side.head_dim;
   const float *matrix = &side.matrix[0];
   const ptrdiff_t row = transposed ? 1 : n, column = transposed ? n : 1;
-  Channels y;
+  Channels<float> y;
   for (int i = 0; i < n; i += kRows) {
     F sums[kRows];
     TQKV_UNROLL for (int k = 0; k < kRows; ++k) sums[k] = hn::Zero(kF);
@@ -278,31 +296,57 @@ bool begins_in_registers(const Side &side) {
 }
 
 // One Hadamard round without its signs; `begun`: less the butterflies that were done in registers.
-void hadamard(const Side &side, bool transposed, bool begun, float *x) {
+template <class T>
+void hadamard(const Side &side, bool transposed, bool begun, T *x) {
   if (side.base > 1) apply_base(side, transposed, x);
   butterfly_passes(side.head_dim, begun ? kLanes : side.base, x);
 }
 
-// Rows [n, head_dim] rotated, one a lane.
-void load_rotated(const Side &side, const float *rows, int n, float *x) {
-  const int head_dim = side.head_dim;
-  const bool hadamard_rotation = side.hadamard_rounds > 0, begin = begins_in_registers(side);
-  const uint32_t *signs = hadamard_rotation ? &side.signs[0] : nullptr;
+// Rows [n, head_dim], one a lane.
+void load_rows(int head_dim, const float *rows, int n, float *x) {
   for (int c = 0; c < head_dim; c += kLanes) {
     F block[kLanes];
-    const U flips = signs != nullptr ? hn::LoadU(kU, signs + c) : hn::Zero(kU);
-    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
-      const U v = float_to_bits(hn::LoadU(kF, rows + (i < n ? i : n - 1) * head_dim + c));
-      block[i] = bits_to_float(hn::Xor(v, flips));
-    }
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) block[i] = hn::LoadU(kF, rows + (i < n ? i : n - 1) * head_dim + c);
     transpose(block);
-    if (begin) butterflies<kLanes>(block);
     TQKV_UNROLL for (int i = 0; i < kLanes; ++i) hn::Store(block[i], kF, x + (c + i) * kLanes);
   }
-  if (!side.matrix.empty()) apply_matrix(side, false, x);
+}
+
+// to_integer() of quantize.hpp.
+HWY_INLINE I to_integer(F v, F gain) {
+  const F bias = hn::Set(kF, kRoundingBias);
+  return hn::Sub(hn::BitCast(kI, hn::MulAdd(v, gain, bias)), hn::BitCast(kI, bias));
+}
+
+HWY_INLINE I negate_where(I v, uint32_t sign_bit) {
+  const I mask = hn::BroadcastSignBit(hn::Set(kI, int32_t(sign_bit)));
+  return hn::Sub(hn::Xor(v, mask), mask);
+}
+
+// Y of quantize.hpp from X = x * gain.
+void rotate_integers(const Side &side, const float *x, F gain, int32_t *y) {
+  const int head_dim = side.head_dim;
+  const uint32_t *signs = side.hadamard_rounds > 0 ? &side.signs[0] : nullptr;
+  const bool begin = begins_in_registers(side);
+  for (int c = 0; c < head_dim; c += kLanes) {
+    I block[kLanes];
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
+      block[i] = to_integer(load(x + (c + i) * kLanes), gain);
+      if (signs != nullptr) block[i] = negate_where(block[i], signs[c + i]);
+    }
+    if (begin) butterflies<kLanes>(block);
+    TQKV_UNROLL for (int i = 0; i < kLanes; ++i) store(block[i], y + (c + i) * kLanes);
+  }
   for (int round = 0; round < side.hadamard_rounds; ++round) {
-    if (round > 0) flip_signs(signs + round * head_dim, head_dim, x);
-    hadamard(side, false, begin && round == 0, x);
+    for (int c = 0; round > 0 && c < head_dim; ++c) {
+      store(negate_where(load(y + c * kLanes), signs[round * head_dim + c]), y + c * kLanes);
+    }
+    hadamard(side, false, begin && round == 0, y);
+  }
+  if (side.hadamard_rounds < 2) return;
+  const F round_gain = hn::Set(kF, side.round_gain);
+  for (int c = 0; c < head_dim; ++c) {
+    store(to_integer(hn::ConvertTo(kF, load(y + c * kLanes)), round_gain), y + c * kLanes);
   }
 }
 
@@ -323,143 +367,143 @@ void store_rotated_back(const Side &side, float *x, const float *gains, int n, f
     TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
       const int row = i < n ? i : n - 1;
       const F v = bits_to_float(hn::Xor(float_to_bits(block[i]), flips));
-      hn::StoreU(hn::Mul(v, hn::Set(kF, gains[row])), kF, rows + row * head_dim + c);
+      hn::StoreU(hn::MulAdd(v, hn::Set(kF, gains[row]), hn::Zero(kF)), kF, rows + row * head_dim + c);
     }
   }
 }
 
 // ----------------------------------------------------------------------------------------------------------- sums --
 
-// What ordered_sum() of quantize.hpp gives, from the sums of groups of four channels with which it begins. (Where it
-// adds pairwise from the start, these are its first two levels.) `groups` is overwritten.
-F sum_groups(float *groups, int head_dim) {
-  const int in_block = sum_block(head_dim) == 1 ? 1 : sum_block(head_dim) / 4;
-  int count = head_dim / 4 / in_block;
-  for (int b = 0; in_block > 1 && b < count; ++b) {
-    const float *group = groups + b * in_block * kLanes;
-    F sum = hn::Load(kF, group);
-    for (int i = 1; i < in_block; ++i) sum = hn::Add(sum, hn::Load(kF, group + i * kLanes));
-    hn::Store(sum, kF, groups + b * kLanes);
-  }
-  for (; count > 1; count /= 2) {
-    for (int i = 0; i < count; i += 2) {
-      const F sum = hn::Add(hn::Load(kF, groups + i * kLanes), hn::Load(kF, groups + (i + 1) * kLanes));
-      hn::Store(sum, kF, groups + i / 2 * kLanes);
+// squared_norm() of quantize.hpp.
+F squared_norm(const float *x, int head_dim) {
+  F cells[kCells];
+  for (int i = 0; i < kCells; ++i) {
+    F cell = hn::Zero(kF);
+    for (int c = i; c < head_dim; c += kCells) {
+      const F v = load(x + c * kLanes);
+      cell = hn::MulAdd(v, v, cell);
     }
+    cells[i] = cell;
   }
-  return hn::Load(kF, groups);
-}
-
-// Sums of the four values in each group of a chunk.
-HWY_INLINE void store_groups(const F *values, float *groups) {
-  TQKV_UNROLL for (int g = 0; g < kChunk / 4; ++g) {
-    const F *v = values + 4 * g;
-    hn::Store(hn::Add(hn::Add(v[0], v[1]), hn::Add(v[2], v[3])), kF, groups + g * kLanes);
+  for (int stride = 1; stride < kCells; stride *= 2) {
+    for (int i = 0; i < kCells; i += 2 * stride) cells[i] = hn::Add(cells[i], cells[i + stride]);
   }
-}
-
-struct alignas(64) Groups {
-  float of[kMaxHeadDim / 4 * kLanes];
-};
-
-F squared_norm(const float *y, int head_dim) {
-  Groups groups;
-  for (int c = 0; c < head_dim; c += kChunk) {
-    F squares[kChunk];
-    TQKV_UNROLL for (int i = 0; i < kChunk; ++i) {
-      const F v = hn::Load(kF, y + (c + i) * kLanes);
-      squares[i] = hn::Mul(v, v);
-    }
-    store_groups(squares, groups.of + c / 4 * kLanes);
-  }
-  return sum_groups(groups.of, head_dim);
+  return cells[0];
 }
 
 // ---------------------------------------------------------------------------------------------------- quantisation --
 
-// The number of thresholds not above |z|, as choose_code() counts it.
+// The number of thresholds not above a folded Y, as choose_code() counts it.
 template <int kBits>
 class Magnitudes {
   static constexpr int kCount = 1 << (kBits - 1);
 
  public:
-  explicit Magnitudes(const float *thresholds)
-      : thresholds_(thresholds),
-        middle_(hn::Set(kF, thresholds[kCount / 2 - (kBits > 1)])),
-        lower_(hn::Set(kF, thresholds[1])),
-        upper_(hn::Set(kF, thresholds[5])),
-        last_(thresholds, kMaxMagnitudes) {}
+  explicit Magnitudes(const int *thresholds) : Magnitudes(Below(thresholds)) {}
 
-  HWY_INLINE U operator()(F a) const {
-    U count = hn::Zero(kU);
+  HWY_INLINE I operator()(I folded) const {
+    I count = hn::Zero(kI);
     if constexpr (kBits == 1) return count;
     if constexpr (kLanes < 8) {  // where looking up is slower than comparing
-      TQKV_UNROLL for (int i = 0; i + 1 < kCount; ++i) count = hn::Add(count, step(a, hn::Set(kF, thresholds_[i]), 1));
+      TQKV_UNROLL for (int i = 0; i + 1 < kCount; ++i) {
+        count = hn::Sub(count, hn::VecFromMask(kI, hn::Gt(folded, hn::Set(kI, below_.of[i]))));
+      }
       return count;
     }
     // By bisection.
-    count = step(a, middle_, kCount / 2);
-    if constexpr (kBits == 4) count = hn::Or(count, step(a, hn::IfThenElse(hn::Ge(a, middle_), upper_, lower_), 2));
-    if constexpr (kBits >= 3) count = hn::Or(count, step(a, last_[count], 1));
+    const auto high = hn::Gt(folded, middle_);
+    count = hn::IfThenElseZero(high, hn::Set(kI, kCount / 2));
+    if constexpr (kBits == 4) count = hn::Or(count, step(folded, hn::IfThenElse(high, upper_, lower_), 2));
+    if constexpr (kBits >= 3) count = hn::Or(count, step(folded, last_(count), 1));
     return count;
   }
 
  private:
-  // `size` where a is not below the threshold, else 0.
-  static HWY_INLINE U step(F a, F threshold, int size) {
-    return float_to_bits(hn::IfThenElseZero(hn::Ge(a, threshold), bits_to_float(hn::Set(kU, uint32_t(size)))));
+  struct Below {  // the largest integers below the thresholds
+    alignas(64) int32_t of[kMaxMagnitudes];
+    explicit Below(const int *thresholds) {
+      for (int i = 0; i < kMaxMagnitudes; ++i) of[i] = thresholds[i] - 1;
+    }
+  };
+  explicit Magnitudes(const Below &below)
+      : below_(below),
+        middle_(hn::Set(kI, below.of[kCount / 2 - (kBits > 1)])),
+        lower_(hn::Set(kI, below.of[1])),
+        upper_(hn::Set(kI, below.of[5])),
+        table_(below.of, kMaxMagnitudes) {}
+  HWY_INLINE I last_(I index) const { return hn::BitCast(kI, table_[hn::BitCast(kU, index)]); }
+  // `size` where the value is above, else 0.
+  static HWY_INLINE I step(I folded, I below, int size) {
+    return hn::IfThenElseZero(hn::Gt(folded, below), hn::Set(kI, size));
   }
-  const float *thresholds_;
-  F middle_, lower_, upper_;
-  Table last_;
+  Below below_;
+  I middle_, lower_, upper_;
+  Table table_;
 };
 
-// What the codes of a group of vectors add up to.
+// What a group of vectors adds up to.
 struct Quantized {
-  F dot;  // <|y|, |u|>
+  F dot;  // <Y, u>
   F uu;   // |u|^2
 };
 
-// Sums of a chunk after the other: `u` are odd integers below 256.
+// Sums of a chunk after the other, of |Y| below 2^20 and |u| below 2^8; a group of 4 chunks fits 32 bits.
 class Sums {
+  static constexpr hn::RepartitionToWide<decltype(kI)> kWide{};
+
  public:
-  Sums() : uu_(hn::Zero(kI)) {}
-  HWY_INLINE void add(int chunk, const F *products, const F *u) {
-    store_groups(products, groups_.of + chunk * (kChunk / 4) * kLanes);
-    F squares = hn::Mul(u[0], u[0]);  // a chunk's squares add up exactly
-    TQKV_UNROLL for (int i = 1; i < kChunk; ++i) squares = hn::Add(squares, hn::Mul(u[i], u[i]));
-    uu_ = hn::Add(uu_, hn::ConvertTo(kI, squares));
+  explicit Sums(bool wants_dot)
+      : wants_dot_(wants_dot), uu_(hn::Zero(kI)), part_(hn::Zero(kI)), low_(hn::Zero(kWide)), high_(hn::Zero(kWide)) {}
+  // Absolute values, and the squares of u.
+  HWY_INLINE void add(int chunk, const I *y, const I *u, const I *squares) {
+    TQKV_UNROLL for (int i = 0; i < kChunk; ++i) uu_ = hn::Add(uu_, squares[i]);
+    if (!wants_dot_) return;
+    TQKV_UNROLL for (int i = 0; i < kChunk; ++i) part_ = hn::Add(part_, hn::Mul(y[i], u[i]));
+    if (chunk % 4 == 3) flush();
   }
-  Quantized total(int head_dim) { return {sum_groups(groups_.of, head_dim), hn::ConvertTo(kF, uu_)}; }
+  Quantized total() {
+    flush();
+    alignas(64) int64_t wide[kLanes];
+    alignas(64) float dot[kLanes];
+    hn::Store(low_, kWide, wide);
+    hn::Store(high_, kWide, wide + kLanes / 2);
+    for (int i = 0; i < kLanes; ++i) dot[i] = float(wide[i]);
+    return {load(dot), hn::ConvertTo(kF, uu_)};
+  }
 
  private:
-  Groups groups_;
-  hn::Vec<decltype(kI)> uu_;
+  HWY_INLINE void flush() {
+    low_ = hn::Add(low_, hn::PromoteTo(kWide, hn::LowerHalf(part_)));
+    high_ = hn::Add(high_, hn::PromoteTo(kWide, hn::UpperHalf(hn::Half<decltype(kI)>(), part_)));
+    part_ = hn::Zero(kI);
+  }
+  bool wants_dot_;
+  I uu_, part_;
+  hn::Vec<hn::RepartitionToWide<decltype(kI)>> low_, high_;
 };
 
 // A chunk's place in the 1-bit plane: plane1_bit(kFirst + i, kDim) for its channel i.
 template <int kBits, int kFirst, int kDim>
-HWY_INLINE void quantize_chunk(const Magnitudes<kBits> &magnitudes, const Table &levels, F gain, const float *y, int c,
-                               int head_dim, Sums &sums, uint32_t *words) {
+HWY_INLINE void quantize_chunk(const Magnitudes<kBits> &magnitudes, const Table &levels, const Table &level_squares,
+                               const int32_t *y, int c, int head_dim, Sums &sums, uint32_t *words) {
   constexpr uint32_t kCount = 1 << (kBits - 1);
   constexpr bool kPlane2 = kBits == 2 || kBits == 3, kPlane1 = kBits == 1 || kBits == 3;
-  F products[kChunk], u[kChunk];
+  I size[kChunk], u[kChunk], squares[kChunk];
   U word[2] = {hn::Zero(kU), hn::Zero(kU)}, plane1 = hn::Zero(kU);
   TQKV_UNROLL for (int i = 0; i < kChunk; ++i) {
-    const F v = hn::Load(kF, y + (c + i) * kLanes);
-    const F a = hn::Abs(v);
-    const U magnitude = magnitudes(hn::Mul(a, gain));
-    u[i] = levels[magnitude];
-    products[i] = hn::Mul(a, u[i]);
+    const I v = load(y + (c + i) * kLanes), sign_mask = hn::BroadcastSignBit(v);
+    const U magnitude = hn::BitCast(kU, magnitudes(hn::Xor(v, sign_mask)));
+    u[i] = hn::BitCast(kI, levels[magnitude]);
+    squares[i] = hn::BitCast(kI, level_squares[magnitude]);
+    size[i] = hn::Abs(v);
     if constexpr (kBits == 4) {
       const int sign = nibble_sign_bit(i) & 31;
       U &w = word[i / 8];
       w = hn::Or(w, hn::ShiftLeftSame(magnitude, 4 * (i % 8)));
-      w = hn::OrAnd(w, hn::ShiftRightSame(float_to_bits(v), 31 - sign), hn::Set(kU, 1u << sign));
+      w = hn::OrAnd(w, hn::BitCast(kU, sign_mask), hn::Set(kU, 1u << sign));
     } else {
       // Ascending indices: a negative value has all bits of its mirror image's flipped.
-      const U negative = hn::BitCast(kU, hn::BroadcastSignBit(hn::BitCast(kI, v)));
-      const U code = hn::Xor(hn::Or(magnitude, hn::Set(kU, kCount)), negative);
+      const U code = hn::Xor(hn::Or(magnitude, hn::Set(kU, kCount)), hn::BitCast(kU, sign_mask));
       if constexpr (kPlane2) word[0] = hn::Or(word[0], hn::ShiftLeftSame(hn::And(code, hn::Set(kU, 3)), plane2_bit(i)));
       if constexpr (kPlane1) {
         const int bit = plane1_bit(kFirst + i, kDim);
@@ -467,7 +511,7 @@ HWY_INLINE void quantize_chunk(const Magnitudes<kBits> &magnitudes, const Table 
       }
     }
   }
-  sums.add(c / kChunk, products, u);
+  sums.add(c / kChunk, size, u, squares);
   if constexpr (kBits == 4) {
     hn::Store(word[0], kU, words + c / 8 * kLanes);
     hn::Store(word[1], kU, words + (c / 8 + 1) * kLanes);
@@ -480,55 +524,59 @@ HWY_INLINE void quantize_chunk(const Magnitudes<kBits> &magnitudes, const Table 
 }
 
 template <int kBits>
-Quantized quantize(const Side &side, const float *y, F norm2, uint32_t *words) {
-  const F gain = hn::Div(hn::Set(kF, side.z_gain), hn::Sqrt(norm2));
+Quantized quantize(const Side &side, const int32_t *y, uint32_t *words) {
   constexpr int kCount = 1 << (kBits - 1);
   const Magnitudes<kBits> magnitudes(side.thresholds);
-  const Table levels(side.levels + (kBits == 4 ? 0 : kCount), kCount);
-  Sums sums;
+  int32_t positive[kCount], positive_squares[kCount];
+  for (int i = 0; i < kCount; ++i) {
+    positive[i] = int32_t(side.levels[(kBits == 4 ? 0 : kCount) + i]);
+    positive_squares[i] = positive[i] * positive[i];
+  }
+  const Table levels(positive, kCount), level_squares(positive_squares, kCount);
+  Sums sums(side.scale_rule != TQ_SCALE_NORM);
   const int n = side.head_dim;
   for (int c = 0; c < n; c += kChunk) {
     if (kBits == 2 || kBits == 4 || (c % 32 == 0 && c + 32 <= n)) {
-      quantize_chunk<kBits, 0, 32>(magnitudes, levels, gain, y, c, n, sums, words);
+      quantize_chunk<kBits, 0, 32>(magnitudes, levels, level_squares, y, c, n, sums, words);
     } else if (c % 32 != 0) {
-      quantize_chunk<kBits, 16, 32>(magnitudes, levels, gain, y, c, n, sums, words);
+      quantize_chunk<kBits, 16, 32>(magnitudes, levels, level_squares, y, c, n, sums, words);
     } else {
-      quantize_chunk<kBits, 0, 16>(magnitudes, levels, gain, y, c, n, sums, words);
+      quantize_chunk<kBits, 0, 16>(magnitudes, levels, level_squares, y, c, n, sums, words);
     }
   }
-  return sums.total(n);
+  return sums.total();
 }
 
-Quantized quantize8(int head_dim, const float *y, uint32_t *words) {
-  F largest = hn::Zero(kF);
-  for (int c = 0; c < head_dim; ++c) largest = hn::Max(largest, hn::Abs(hn::Load(kF, y + c * kLanes)));
-  const F gain = hn::Div(hn::Set(kF, 127.5f), largest);
-  Sums sums;
-  for (int c = 0; c < head_dim; c += kChunk) {
-    F products[kChunk], u[kChunk];
+Quantized quantize8(const Side &side, const int32_t *y, uint32_t *words) {
+  I largest = hn::Zero(kI);
+  for (int c = 0; c < side.head_dim; ++c) largest = hn::Max(largest, hn::Abs(load(y + c * kLanes)));
+  const F gain = hn::Div(hn::Set(kF, 127.5f), hn::ConvertTo(kF, largest));
+  Sums sums(side.scale_rule != TQ_SCALE_NORM);
+  for (int c = 0; c < side.head_dim; c += kChunk) {
+    I size[kChunk], u[kChunk], squares[kChunk];
     U word[kChunk / 4] = {hn::Zero(kU), hn::Zero(kU), hn::Zero(kU), hn::Zero(kU)};
     TQKV_UNROLL for (int i = 0; i < kChunk; ++i) {
-      const F v = hn::Load(kF, y + (c + i) * kLanes);
-      const F a = hn::Abs(v);
-      const auto magnitude = hn::ConvertTo(kI, hn::Min(hn::Mul(a, gain), hn::Set(kF, 127.0f)));
-      u[i] = hn::ConvertTo(kF, hn::Or(hn::Add(magnitude, magnitude), hn::Set(kI, 1)));
-      products[i] = hn::Mul(a, u[i]);
-      const auto grid = hn::Xor(magnitude, hn::BroadcastSignBit(hn::BitCast(kI, v)));
+      const I v = load(y + (c + i) * kLanes);
+      size[i] = hn::Abs(v);
+      const I magnitude = hn::ConvertTo(kI, hn::Min(hn::Mul(hn::ConvertTo(kF, size[i]), gain), hn::Set(kF, 127.0f)));
+      u[i] = hn::Or(hn::Add(magnitude, magnitude), hn::Set(kI, 1));
+      squares[i] = hn::Mul(u[i], u[i]);
+      const I grid = hn::Xor(magnitude, hn::BroadcastSignBit(v));
       const U byte = hn::And(hn::BitCast(kU, grid), hn::Set(kU, 0xff));
       word[i / 4] = hn::Or(word[i / 4], hn::ShiftLeftSame(byte, 8 * (i % 4)));
     }
-    sums.add(c / kChunk, products, u);
+    sums.add(c / kChunk, size, u, squares);
     TQKV_UNROLL for (int w = 0; w < kChunk / 4; ++w) hn::Store(word[w], kU, words + (c / 4 + w) * kLanes);
   }
-  return sums.total(head_dim);
+  return sums.total();
 }
 
 // choose_scale() of quantize.hpp.
-F choose_scales(int rule, F norm2, const Quantized &q, float scale_gain) {
+F choose_scales(int rule, F norm, const Quantized &q, float scale_gain) {
   const F gain = hn::Set(kF, scale_gain);
-  if (rule == TQ_SCALE_LEAST_MSE) return hn::Mul(hn::Div(q.dot, q.uu), gain);
-  if (rule == TQ_SCALE_NORM) return hn::Mul(hn::Sqrt(hn::Div(norm2, q.uu)), gain);
-  return hn::Mul(hn::Div(norm2, q.dot), gain);
+  if (rule == TQ_SCALE_LEAST_MSE) return hn::Mul(hn::Mul(hn::Div(q.dot, q.uu), norm), gain);
+  if (rule == TQ_SCALE_NORM) return hn::Mul(hn::Div(norm, hn::Sqrt(q.uu)), gain);
+  return hn::Mul(hn::Div(norm, q.dot), gain);
 }
 
 // ------------------------------------------------------------------------------------------------------ conversion --
@@ -607,18 +655,21 @@ void from_f32_of_type(const float *input, int type, int count, void *output) {
 // ---------------------------------------------------------------------------------------------- encode and decode --
 
 void encode_lanes(const Side &side, const float *rows, int n, uint8_t *records, uint8_t *scales, Encoded *encoded) {
-  Channels y;
-  load_rotated(side, rows, n, y.of);
-  const F norm2 = squared_norm(y.of, side.head_dim);
+  Channels<float> x;
+  load_rows(side.head_dim, rows, n, x.of);
+  const F norm2 = squared_norm(x.of, side.head_dim), norm = hn::Sqrt(norm2);
+  if (!side.matrix.empty()) apply_matrix(side, false, x.of);
+  Channels<int32_t> y;
+  rotate_integers(side, x.of, hn::Div(hn::Set(kF, side.steps), norm), y.of);
   Words words;
-  const Quantized q = side.bits == 1   ? quantize<1>(side, y.of, norm2, words.of)
-                      : side.bits == 2 ? quantize<2>(side, y.of, norm2, words.of)
-                      : side.bits == 3 ? quantize<3>(side, y.of, norm2, words.of)
-                      : side.bits == 4 ? quantize<4>(side, y.of, norm2, words.of)
-                                       : quantize8(side.head_dim, y.of, words.of);
+  const Quantized q = side.bits == 1   ? quantize<1>(side, y.of, words.of)
+                      : side.bits == 2 ? quantize<2>(side, y.of, words.of)
+                      : side.bits == 3 ? quantize<3>(side, y.of, words.of)
+                      : side.bits == 4 ? quantize<4>(side, y.of, words.of)
+                                       : quantize8(side, y.of, words.of);
   store_words(words, n, code_bytes(side), records);
 
-  const F value = choose_scales(side.scale_rule, norm2, q, side.scale_gain);
+  const F value = choose_scales(side.scale_rule, norm, q, side.scale_gain);
   const F most = hn::Set(kF, side.scale_type == TQ_TYPE_F32 ? FLT_MAX : 65504.0f);
   alignas(64) float kept[kLanes];
   alignas(64) uint8_t rounded[kLanes * 4];
@@ -698,7 +749,7 @@ void decode_levels(const Side &side, const uint32_t *words, float *x) {
 void decode_lanes(const Side &side, const uint8_t *records, const uint8_t *scales, int n, float *rows) {
   Words words;
   load_words(records, n, code_bytes(side), words);
-  Channels x;
+  Channels<float> x;
   if (side.bits == 1) decode_levels<1>(side, words.of, x.of);
   if (side.bits == 2) decode_levels<2>(side, words.of, x.of);
   if (side.bits == 3) decode_levels<3>(side, words.of, x.of);

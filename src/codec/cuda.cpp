@@ -21,7 +21,9 @@ cuda::SideParams side_params(const Side &side) {
   p.scale_rule = side.scale_rule;
   std::copy_n(side.thresholds, kMaxMagnitudes, p.thresholds);
   std::copy_n(side.levels, kMaxLevels, p.levels);
-  p.z_gain = side.z_gain;
+  p.unit_shift = side.unit_shift;
+  p.steps = side.steps;
+  p.round_gain = side.round_gain;
   p.scale_gain = side.scale_gain;
   p.decode_gain = side.decode_gain;
   for (size_t i = 0; i < side.signs.size(); ++i) {
@@ -45,7 +47,8 @@ cuda::FlatCodes flat_codes(const void *codes, int64_t codes_stride, const void *
   flat.scales = static_cast<uint8_t *>(const_cast<void *>(scales));
   flat.codes_stride = codes_stride != 0 ? codes_stride : side.code_bytes();
   flat.scales_stride = scales_stride != 0 ? scales_stride : side.scale_bytes();
-  flat.aligned = reinterpret_cast<uintptr_t>(codes) % 16 == 0 && flat.codes_stride % 16 == 0;
+  const uint64_t both = reinterpret_cast<uintptr_t>(codes) | uint64_t(flat.codes_stride);
+  flat.alignment = both % 16 == 0 ? 16 : both % 4 == 0 ? 4 : 1;
   return flat;
 }
 

@@ -1,6 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of the scalar codec that decides stored bytes: index choice, order of sums, scale. Every step is one
-// IEEE operation in a fixed order, so that CPU targets and GPUs agree bit for bit.
+// The arithmetic of the scalar codec that decides stored bytes. Floating point is left only where a fixed order costs
+// nothing, and every step of it is one IEEE operation; rotation, choice of levels and sums are exact in integers. So CPU
+// targets, warps and tensor cores agree bit for bit, whatever their order.
+//
+// ENCODING x to codes and a scale:
+//   norm2 = |x|^2              by squared_norm(); outside [kMinSquaredNorm, kMaxSquaredNorm] x is multiplied by a power
+//                              of two first and the scale by its inverse at the end
+//   X_c = x_c * (side.steps / sqrt(norm2)), to the nearest integer, ties to even, rounded once
+//   Y = the Hadamard rounds of rotation.hpp applied to X, exact; after more than one round, Y_c * side.round_gain to the
+//       nearest integer. A dense rotation is applied to x instead, in f32, after norm2 and before X, and Y = X.
+//   Y_c is the coordinate in units of 2^-side.unit_shift grid steps, and |Y| = side.y_norm but for rounding. The unit is
+//   about 1/6000 of the coordinates' root mean square: it costs less than a millionth of the squared error.
+//   code_c = choose_code(Y_c), which stands for the odd integer u_c = 2 grid + 1
+//   scale = choose_scale(...)
 #pragma once
 
 #include <cmath>
@@ -12,60 +24,54 @@ namespace tqkv {
 
 inline constexpr int kMaxHeadDim = 576;
 
-// Squared norms outside this range are computed again after an exact power-of-two scaling of the vector, so that no
-// intermediate over- or underflows.
 inline constexpr float kMinSquaredNorm = 0x1p-80f;
 inline constexpr float kMaxSquaredNorm = 0x1p80f;
 
-// THE ORDER OF SUMS over head_dim values. With head_dim = o * 2^k and o odd: blocks of m = 4 * o adjacent values (m = 1
-// if o = 1); inside a block groups of four, (a + b) + (c + d), are added one after the other; the 2^i block sums are
-// added pairwise, neighbours first. `v` is overwritten; the sum is in v[0].
-TQKV_HOST_DEVICE int sum_block(int head_dim) {
-  int odd = head_dim;
-  while (odd % 2 == 0) odd /= 2;
-  return odd == 1 ? 1 : 4 * odd;
+// Element c adds to cell c % kCells, in the order of c, by fused multiply-add; the cells are added pairwise, neighbours
+// first.
+inline constexpr int kCells = 32;
+
+TQKV_HOST_DEVICE float squared_norm(const float *x, int head_dim) {
+  float cells[kCells] = {};
+  for (int c = 0; c < head_dim; ++c) cells[c % kCells] = std::fma(x[c], x[c], cells[c % kCells]);
+  for (int stride = 1; stride < kCells; stride *= 2) {
+    for (int i = 0; i < kCells; i += 2 * stride) cells[i] = cells[i] + cells[i + stride];
+  }
+  return cells[0];
 }
 
-TQKV_HOST_DEVICE float ordered_sum(float *v, int head_dim) {
-  const int m = sum_block(head_dim);
-  for (int b = 0; m > 1 && b < head_dim; b += m) {
-    float sum = (v[b] + v[b + 1]) + (v[b + 2] + v[b + 3]);
-    for (int i = b + 4; i < b + m; i += 4) sum = sum + ((v[i] + v[i + 1]) + (v[i + 2] + v[i + 3]));
-    v[b] = sum;
-  }
-  for (int stride = m; stride < head_dim; stride *= 2) {
-    for (int i = 0; i < head_dim; i += 2 * stride) v[i] = v[i] + v[i + stride];
-  }
-  return v[0];
+// The integer nearest to x * gain, for results below 2^22: it is what the sum's last bits hold.
+inline constexpr float kRoundingBias = 0x1.8p23f;
+TQKV_HOST_DEVICE int to_integer(float x, float gain) {
+  return int(std::fma(x, gain, kRoundingBias) - kRoundingBias);
 }
 
-// Index choice. z is the coordinate in steps of the int8 grid; `thresholds` are the 2^(bits-1) - 1 midpoints between
-// neighbouring magnitudes, multiples of 1/2. A value on a threshold takes the larger magnitude. The sign is the sign
-// bit. Returns the code as record.hpp defines it.
-TQKV_HOST_DEVICE unsigned choose_code(float z, const float *thresholds, int bits) {
-  const bool negative = std::signbit(z);
-  const float a = std::fabs(z);
+// The code of Y_c as record.hpp defines it: its level's index is the number of thresholds not above Y_c, of which 0 is
+// the middle one. `thresholds`: the positive ones, between neighbouring magnitudes.
+TQKV_HOST_DEVICE unsigned choose_code(int y, const int *thresholds, int bits) {
+  const int folded = y < 0 ? ~y : y;
   const int count = 1 << (bits - 1);
   int magnitude = 0;
-  for (int i = 0; i + 1 < count; ++i) magnitude += a >= thresholds[i];
-  if (bits == 4) return unsigned(magnitude) | unsigned(negative) << 3;
-  return unsigned(negative ? count - 1 - magnitude : count + magnitude);
+  for (int i = 0; i + 1 < count; ++i) magnitude += folded >= thresholds[i];
+  if (bits == 4) return unsigned(magnitude) | unsigned(y < 0) << 3;
+  return unsigned(y < 0 ? count - 1 - magnitude : count + magnitude);
 }
 
-// The same for 8 bits, where every half-integer of the grid is a level: 127.5 steps is the largest |z|.
-TQKV_HOST_DEVICE int choose_grid8(float z) {
-  const float a = std::fabs(z);
+// The same for 8 bits, where every half-integer of the grid is a level and 127.5 steps the vector's largest |Y_c|.
+TQKV_HOST_DEVICE float gain8(int largest) {
+  return 127.5f / float(largest);
+}
+TQKV_HOST_DEVICE int choose_grid8(int y, float gain) {
+  const float a = float(y < 0 ? -y : y) * gain;
   const int m = a < 127.0f ? int(a) : 127;
-  return std::signbit(z) ? ~m : m;
+  return y < 0 ? ~m : m;
 }
 
-// The stored scale before rounding to its type: for the rotated vector y (without its normalisation `gain`, the factor
-// that makes the rotation orthogonal, already multiplied by 2 / level_unit) and the odd integers u = 2 * grid + 1 that
-// its codes stand for: norm2 = |y|^2, dot = <y, u>, uu = |u|^2.
-TQKV_HOST_DEVICE float choose_scale(int rule, float norm2, float dot, float uu, float gain) {
-  if (rule == 1) return dot / uu * gain;               // TQ_SCALE_LEAST_MSE
-  if (rule == 2) return std::sqrt(norm2 / uu) * gain;  // TQ_SCALE_NORM
-  return norm2 / dot * gain;                           // TQ_SCALE_UNBIASED
+// The stored scale before rounding to its type: norm = |x|, dot = <Y, u>, uu = |u|^2; `gain` belongs to the rule.
+TQKV_HOST_DEVICE float choose_scale(int rule, float norm, int64_t dot, int uu, float gain) {
+  if (rule == 1) return float(dot) / float(uu) * norm * gain;  // TQ_SCALE_LEAST_MSE
+  if (rule == 2) return norm / std::sqrt(float(uu)) * gain;    // TQ_SCALE_NORM
+  return norm / float(dot) * gain;                             // TQ_SCALE_UNBIASED
 }
 
 }  // namespace tqkv

@@ -58,6 +58,8 @@ void set_rotation(const tq_side_config &config, uint64_t seed, Side &side) {
 
 [[nodiscard]] tq_status set_codebook(const tq_side_config &config, const char *name, Side &side) {
   const int bits = side.bits;
+  constexpr double kMostSteps = 32766;  // of a coordinate of X: 16 bits
+  double units_per_sigma = kMostSteps;
   if (bits == 8) {
     side.level_unit = 0x1p-4f;  // the largest of 576 coordinates is about 3.5 times their root mean square
   } else {
@@ -74,7 +76,6 @@ void set_rotation(const tq_side_config &config, uint64_t seed, Side &side) {
     }
     const int count = side.book.count;
     const auto odd = [&](int k) { return 2 * side.book.magnitude[size_t(k)] + 1; };
-    for (int k = 0; k + 1 < count; ++k) side.thresholds[k] = float(odd(k) + odd(k + 1)) / 4;
     for (int k = 0; k < count; ++k) {
       if (bits == 4) {
         side.levels[k] = float(odd(k));
@@ -84,12 +85,26 @@ void set_rotation(const tq_side_config &config, uint64_t seed, Side &side) {
         side.levels[count - 1 - k] = float(-odd(k));
       }
     }
-    side.z_gain = float(side.book.steps_per_sigma * std::sqrt(double(side.head_dim)));
+    // A coordinate's root mean square: about 2^12 to 2^13 units, and half a step, which thresholds are multiples of, at
+    // least 2^7 of them where 16 bits can hold that.
+    const double sigma = side.book.steps_per_sigma;
+    side.unit_shift = std::max(8, 13 - int(std::ceil(std::log2(sigma))));
+    while (std::ldexp(sigma, side.unit_shift) > kMostSteps) --side.unit_shift;
+    units_per_sigma = std::ldexp(sigma, side.unit_shift);
+    for (int k = 0; k + 1 < count; ++k) {
+      side.thresholds[k] = int(std::ldexp(double(odd(k) + odd(k + 1)) / 4, side.unit_shift));
+    }
     // A stored scale then is about the root mean square of the vector's coordinates and never exceeds it by the rules,
     // so that fp16 scales cover what fp16 vectors can hold.
     side.level_unit = float(std::ldexp(1.0, -std::ilogb(side.book.steps_per_sigma * (1 - side.book.mse))));
   }
-  side.scale_gain = float(side.rotation_gain * 2 / double(side.level_unit));
+  const double root = std::sqrt(double(side.head_dim)), y_norm = units_per_sigma * root;
+  side.y_norm = float(y_norm);
+  side.steps = float(side.hadamard_rounds > 0 ? units_per_sigma : y_norm);
+  side.round_gain = float(std::pow(root, 1 - side.hadamard_rounds));
+  side.scale_gain = float(side.scale_rule == TQ_SCALE_LEAST_MSE ? 2 / (y_norm * double(side.level_unit))
+                          : side.scale_rule == TQ_SCALE_NORM    ? 2 / double(side.level_unit)
+                                                                : 2 * y_norm / double(side.level_unit));
   side.decode_gain = float(side.rotation_gain * double(side.level_unit) / 2);
   return TQ_OK;
 }
@@ -223,19 +238,20 @@ tq_side_info describe(const Side &side) {
 
 namespace {
 
-void apply_base(const Side &side, bool transpose, float *x) {
+template <class T>
+void apply_base(const Side &side, bool transpose, T *x) {
   const int m = side.base;
-  float y[36];
+  T y[36];
   for (int block = 0; block < side.head_dim; block += m) {
-    float *v = x + block;
+    T *v = x + block;
     for (int i = 0; i < m; ++i) {
-      float sum = 0;
+      T sum = 0;
       for (int j = 0; j < m; j += 4) {
         const auto term = [&](int k) {
           const int8_t h = side.base_matrix[size_t(transpose ? (j + k) * m + i : i * m + j + k)];
           return h < 0 ? -v[j + k] : v[j + k];
         };
-        const float group = (term(0) + term(1)) + (term(2) + term(3));
+        const T group = (term(0) + term(1)) + (term(2) + term(3));
         sum = j == 0 ? group : sum + group;
       }
       y[i] = sum;
@@ -244,11 +260,12 @@ void apply_base(const Side &side, bool transpose, float *x) {
   }
 }
 
-void butterflies(const Side &side, float *x) {
+template <class T>
+void butterflies(const Side &side, T *x) {
   for (int stride = side.base; stride < side.head_dim; stride *= 2) {
     for (int i = 0; i < side.head_dim; i += 2 * stride) {
       for (int j = i; j < i + stride; ++j) {
-        const float a = x[j], b = x[j + stride];
+        const T a = x[j], b = x[j + stride];
         x[j] = a + b;
         x[j + stride] = a - b;
       }
@@ -290,6 +307,18 @@ void rotate_back(const Side &side, float *x) {
     butterflies(side, x);
     flip_signs(&side.signs[size_t(round * side.head_dim)], side.head_dim, x);
   }
+}
+
+void rotate(const Side &side, int32_t *x) {
+  const int n = side.head_dim;
+  for (int round = 0; round < side.hadamard_rounds; ++round) {
+    const uint32_t *signs = &side.signs[size_t(round * n)];
+    for (int c = 0; c < n; ++c) x[c] = signs[c] != 0 ? -x[c] : x[c];
+    if (side.base > 1) apply_base(side, false, x);
+    butterflies(side, x);
+  }
+  if (side.hadamard_rounds < 2) return;
+  for (int c = 0; c < n; ++c) x[c] = to_integer(float(x[c]), side.round_gain);
 }
 
 }  // namespace tqkv

@@ -29,12 +29,15 @@ struct Side {
 
   // Codebook. levels[code] is the odd integer 2 * grid + 1 of a code as record.hpp numbers them.
   Codebook book;
-  float thresholds[kMaxMagnitudes] = {};  // between magnitudes, in grid steps
   float levels[kMaxLevels] = {};
-  float z_gain = 0;       // grid steps of a coordinate = y * z_gain / |y|, |y| before rotation_gain
-  float scale_gain = 0;   // rotation_gain * 2 / level_unit
-  float decode_gain = 0;  // rotation_gain * level_unit / 2
   float level_unit = 0;
+  float decode_gain = 0;  // rotation_gain * level_unit / 2
+
+  // Encoding: quantize.hpp.
+  int unit_shift = 0;
+  int thresholds[kMaxMagnitudes] = {};  // between magnitudes, in units
+  float y_norm = 0, steps = 0, round_gain = 0;
+  float scale_gain = 0;  // of the scale rule
 
   bool raw() const { return bits == kRawBits; }
   int code_bytes() const { return record_bytes(head_dim, bits); }
@@ -54,5 +57,7 @@ tq_side_info describe(const Side &side);
 void rotate(const Side &side, float *x);
 // The transpose, likewise.
 void rotate_back(const Side &side, float *x);
+// All Hadamard rounds of integers, and round_gain.
+void rotate(const Side &side, int32_t *x);
 
 }  // namespace tqkv

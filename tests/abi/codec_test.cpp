@@ -52,8 +52,7 @@ void check_vectors(const Target &target, const tq_config &config, Random &random
         continue;
       }
       const oracle::Vector y = side.rotated ? oracle::multiply(side.rotation, x) : x;
-      // Each rotated coordinate is a sum of head_dim f32 products (or log2 stages of sums) of a vector of this norm.
-      const double slack = 0x1p-22 * std::sqrt(double(side.head_dim)) * length / 4;
+      const double slack = kCoordinateSlack * length;
       const Interval interval = factors(side, record, y, slack);
       CHECK(interval.low <= interval.high);
       const double rms = length / std::sqrt(double(side.head_dim));
@@ -61,7 +60,7 @@ void check_vectors(const Target &target, const tq_config &config, Random &random
       shared_high = std::min(shared_high, interval.high * rms);
       const oracle::Vector levels = levels_of(side, record);
       const double formula = scale_formula(resolved.scale_rule, y, levels);
-      CHECK(std::fabs(record.scale - formula) <= scale_tolerance(side.scale_type, formula, side.head_dim));
+      CHECK(std::fabs(record.scale - formula) <= scale_tolerance(resolved.scale_rule, side.scale_type, formula));
     }
     // The codebook is that of unit variance: one normalisation serves all vectors of up to 4 bits.
     if (!side.raw() && side.bits <= 4) CHECK(shared_low <= shared_high * (1 + 1e-5));

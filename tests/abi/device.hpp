@@ -33,10 +33,15 @@ class Device {
   virtual void allow(void *, size_t) {}
 };
 
-// The first CUDA device, its calls made directly or captured into a graph that is then launched; nullptr without one.
-Device *cuda_device(bool captured);
+// A CUDA device, its calls made directly or captured into a graph that is then launched; nullptr without one. The
+// first one becomes current in the thread that asks first; nothing else here changes what is current.
+Device *cuda_device(bool captured, int ordinal = 0);
+// The calling thread's current CUDA device.
+int cuda_current_device();
+// One more stream of a CUDA device, for the rest of the process.
+void *cuda_new_stream(int ordinal = 0);
 
-class CpuDevice final : public Device {
+class CpuDevice : public Device {
  public:
   int32_t kind() const override { return TQ_DEVICE_CPU; }
   int32_t ordinal() const override { return 0; }

@@ -55,8 +55,8 @@ double scale_formula(int32_t rule, const oracle::Vector &y, const oracle::Vector
   return xx / xc;
 }
 
-double scale_tolerance(int32_t type, double scale, int head_dim) {
-  const double arithmetic = 0x1p-24 * 8 * std::sqrt(double(head_dim)) * scale;
+double scale_tolerance(int32_t rule, int32_t type, double scale) {
+  const double arithmetic = (8 * 0x1p-24 + (rule == TQ_SCALE_NORM ? 0 : kCoordinateSlack)) * scale;
   if (type == TQ_TYPE_F32) return arithmetic + 0x1p-149;
   return arithmetic + std::max(0x1p-11 * scale, 0x1p-25);
 }

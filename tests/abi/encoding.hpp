@@ -23,5 +23,10 @@ Interval factors(const oracle::Side &side, const Record &record, const oracle::V
 
 double scale_formula(int32_t rule, const oracle::Vector &y, const oracle::Vector &levels);
 
-// Half a unit in the last place of a scale of this type, and what f32 arithmetic over head_dim terms may add.
-double scale_tolerance(int32_t type, double scale, int head_dim);
+// Coordinates are coded from integers of which the rotated vector's root mean square is at least 2^12. The sum of
+// their roundings is random: six standard deviations of it, relative to a vector of this length.
+inline constexpr double kCoordinateSlack = 6 * 0.289 / 4096;
+
+// Half a unit in the last place of a scale of this type, what f32 arithmetic may add, and what the coordinates'
+// roundings do to the rules that have <y, levels> in them.
+double scale_tolerance(int32_t rule, int32_t type, double scale);

@@ -34,12 +34,18 @@ bool same_elsewhere(const std::vector<uint8_t> &before, const std::vector<uint8_
   return true;
 }
 
-// Distinct slots of a pool, some of them -1.
+// Distinct slots of a pool, some of them -1: one after the other from anywhere, as a prompt has them, or in any order.
 std::vector<int64_t> random_slots(Random &random, int64_t num_slots, int64_t count, double skip) {
   std::vector<int64_t> all(static_cast<size_t>(num_slots));
   for (int64_t i = 0; i < num_slots; ++i) all[size_t(i)] = i;
-  std::shuffle(all.begin(), all.end(), random.engine());
-  all.resize(size_t(std::min(count, num_slots)));
+  count = std::min(count, num_slots);
+  if (random.chance(0.5)) {
+    std::shuffle(all.begin(), all.end(), random.engine());
+  } else {
+    all.erase(all.begin(), all.begin() + random.integer(0, num_slots - count));
+    skip = random.pick({0.0, skip});
+  }
+  all.resize(size_t(count));
   for (int64_t &slot : all) {
     if (random.chance(skip)) slot = -1;
   }

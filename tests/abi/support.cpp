@@ -120,8 +120,11 @@ std::vector<float> random_orthogonal(Random &random, int n) {
 
 tq_config random_config(Random &random, const Target &target, ConfigStorage *storage, const ConfigLimits &limits) {
   tq_config config = make_config(target, 0, 0, 0);
+  // As often as not one of the head sizes that kernels are specialised for, which takes both sides alike.
+  const int special = random.pick({64, 96, 128, 256});
+  const bool both_special = special <= limits.max_head_dim && random.chance(0.5);
   const auto side = [&](tq_side_config *s, std::vector<float> *matrix, std::vector<float> *levels) {
-    s->head_dim = int32_t(16 * random.integer(1, limits.max_head_dim / 16));
+    s->head_dim = both_special ? special : int32_t(16 * random.integer(1, limits.max_head_dim / 16));
     s->bits = random.pick({1, 2, 3, 4, 8, 16});
     if (s->bits == 16) return;
     std::vector<int32_t> rotations = {TQ_ROTATION_NONE};

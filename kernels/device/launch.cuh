@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// How every kernel starts: through the runtime's typed call, which is plain C++. Gives the launch's cudaError_t; work
+// that was queued before does not show in it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <utility>
+
+namespace tqkv::cuda {
+
+template <class... P, class... A>
+int launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, void *stream, A &&...args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = cudaStream_t(stream);
+  return cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...);
+}
+
+}  // namespace tqkv::cuda

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for CUDA's header of this name: see cuda_runtime.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+struct __half {
+  uint16_t bits;
+};
+
+inline __half __ushort_as_half(uint16_t bits) {
+  return {bits};
+}
+
+inline float __half2float(__half h) {
+  const int exponent = h.bits >> 10 & 31, fraction = h.bits & 1023;
+  const float magnitude = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
+                          : exponent == 0 ? ldexpf(float(fraction), -24)
+                                          : ldexpf(float(1024 + fraction), exponent - 25);
+  return h.bits & 0x8000 ? -magnitude : magnitude;
+}

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for CUDA's header of this name where kernels are compiled as C++ and run on the CPU (block.hpp): as much of
+// CUDA as the kernels take, with its documented meaning. What CUDA leaves undefined stops the program.
+#pragma once
+
+#include <math.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <utility>
+
+#include "emulation/block.hpp"
+#include "emulation/runtime.hpp"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__  // the standard library has an attribute of this name
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __constant__ static
+#define __shared__ static  // one block runs at a time; AddressSanitizer guards it on both sides
+
+inline constexpr const uint3 &threadIdx = ::emulation::position.thread, &blockIdx = ::emulation::position.block;
+inline constexpr const dim3 &blockDim = ::emulation::position.block_size, &gridDim = ::emulation::position.grid_size;
+
+// ---- vectors
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+inline int2 make_int2(int x, int y) {
+  return {x, y};
+}
+inline int4 make_int4(int x, int y, int z, int w) {
+  return {x, y, z, w};
+}
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
+
+// ---- arithmetic; one IEEE operation is one here, too (-ffp-contract=off)
+
+using std::max;
+using std::min;
+
+inline uint32_t __float_as_uint(float x) {
+  return std::bit_cast<uint32_t>(x);
+}
+inline int __float_as_int(float x) {
+  return std::bit_cast<int>(x);
+}
+inline float __uint_as_float(uint32_t x) {
+  return std::bit_cast<float>(x);
+}
+inline float __int_as_float(int x) {
+  return std::bit_cast<float>(x);
+}
+inline int __clz(int x) {
+  return std::countl_zero(unsigned(x));
+}
+inline int __popc(unsigned x) {
+  return std::popcount(x);
+}
+inline int __ffs(int x) {
+  return x == 0 ? 0 : std::countr_zero(unsigned(x)) + 1;
+}
+inline float __fmaf_rn(float a, float b, float c) {
+  return fmaf(a, b, c);
+}
+
+// a + b rounded down: the sum to nearest, and what that left out, which is a float.
+inline float __fadd_rd(float a, float b) {
+  const float sum = a + b;
+  if (!isfinite(sum)) return isinf(sum) && sum > 0 && isfinite(a) && isfinite(b) ? 0x1.fffffep127f : sum;
+  const float from_b = sum - a, error = (a - (sum - from_b)) + (b - from_b);
+  if (error < 0) return nextafterf(sum, -INFINITY);
+  return sum == 0 && (signbit(a) || signbit(b)) ? -0.0f : sum;
+}
+
+// Byte i of the result is byte (selector >> 4 * i) of a and b; a selector above 7 has no meaning.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  if (selector & 0x8888) ::emulation::stop("__byte_perm(..., %#x)", selector);
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  return result;
+}
+
+// ---- memory
+
+template <class T>
+T __ldg(const T *at) {
+  return *at;
+}
+template <class T>
+T __ldcs(const T *at) {
+  return *at;
+}
+template <class T>
+void __stcs(T *at, T value) {
+  *at = value;
+}
+
+template <class T>
+T atomicAdd(T *at, std::type_identity_t<T> value) {
+  return std::atomic_ref(*at).fetch_add(value, std::memory_order_relaxed);
+}
+template <class T>
+T atomicMax(T *at, std::type_identity_t<T> value) {
+  std::atomic_ref now(*at);
+  T old = now.load(std::memory_order_relaxed);
+  while (old < value && !now.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+  }
+  return old;
+}
+
+// ---- collectives
+
+inline void __syncthreads() {
+  ::emulation::block_barrier();
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffff) {
+  char nothing = 0;
+  ::emulation::collective<true>("__syncwarp", mask, nothing, [](const ::emulation::Exchanges<char> &) {});
+}
+
+namespace emulation {
+
+template <class T>
+struct Shuffled {
+  T value;
+  unsigned source;  // lane
+  T result;
+};
+
+// Undefined: a source that takes no part.
+template <class T>
+T shuffle(const char *name, unsigned mask, T value, unsigned source) {
+  Shuffled<T> mine{value, source, value};
+  collective(name, mask, mine, [](const Exchanges<Shuffled<T>> &all) {
+    all.for_each([&](unsigned lane, Shuffled<T> &to) {
+      if (!all.has(to.source)) stop("lane %u shuffles from lane %u, which takes no part", lane, to.source);
+      to.result = all[to.source].value;
+    });
+  });
+  return mine.result;
+}
+
+// Lanes [first, first + width) that hold this one.
+inline unsigned first_of(int width) {
+  if (width < 1 || width > 32 || !std::has_single_bit(unsigned(width))) stop("a shuffle of width %d", width);
+  return lane() & ~unsigned(width - 1);
+}
+
+template <bool kWant>
+unsigned vote(const char *name, unsigned mask, bool predicate) {
+  struct Vote {
+    bool predicate;
+    unsigned ballot;
+  } mine{predicate, 0};
+  collective(name, mask, mine, [](const Exchanges<Vote> &all) {
+    unsigned ballot = 0;
+    all.for_each([&](unsigned lane, Vote &vote) { ballot |= unsigned(vote.predicate == kWant) << lane; });
+    all.for_each([&](unsigned, Vote &vote) { vote.ballot = ballot; });
+  });
+  return mine.ballot;
+}
+
+}  // namespace emulation
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const unsigned first = ::emulation::first_of(width);
+  return ::emulation::shuffle("__shfl_sync", mask, value, first + (unsigned(source) & unsigned(width - 1)));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const unsigned last = ::emulation::first_of(width) + unsigned(width) - 1,
+                 source = ::emulation::lane() ^ unsigned(bits);
+  return ::emulation::shuffle("__shfl_xor_sync", mask, value, source > last ? ::emulation::lane() : source);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned lane = ::emulation::lane(), first = ::emulation::first_of(width);
+  return ::emulation::shuffle("__shfl_up_sync", mask, value, lane - first < delta ? lane : lane - delta);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const unsigned lane = ::emulation::lane(), last = ::emulation::first_of(width) + unsigned(width) - 1;
+  return ::emulation::shuffle("__shfl_down_sync", mask, value, last - lane < delta ? lane : lane + delta);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  return ::emulation::vote<true>("__ballot_sync", mask, predicate);
+}
+inline int __any_sync(unsigned mask, bool predicate) {
+  return ::emulation::vote<true>("__any_sync", mask, predicate) != 0;
+}
+inline int __all_sync(unsigned mask, bool predicate) {
+  return ::emulation::vote<false>("__all_sync", mask, predicate) == 0;
+}
+
+// ---- the runtime
+
+enum cudaError_t : int {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorStreamCaptureUnsupported = 900,
+};
+enum cudaMemcpyKind : int { cudaMemcpyHostToDevice = 1 };
+enum cudaDeviceAttr : int {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+using cudaStream_t = struct CUstream_st *;
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+const char *cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDevice(int *ordinal);
+cudaError_t cudaSetDevice(int ordinal);
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int ordinal);
+cudaError_t cudaMalloc(void **pointer, size_t bytes);
+cudaError_t cudaFree(void *pointer);
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stream);
+
+enum cudaFuncAttribute : int { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= int(::emulation::kMaxSharedBytes) ? cudaSuccess : cudaErrorInvalidValue;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, Kernel) {
+  *attributes = {int(::emulation::kMaxThreads)};
+  return cudaSuccess;
+}
+
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), A &&...args) {
+  return cudaError_t(::emulation::enqueue_kernel(
+      config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
+      [kernel, parameters = std::tuple<P...>(std::forward<A>(args)...)] { std::apply(kernel, parameters); }));
+}

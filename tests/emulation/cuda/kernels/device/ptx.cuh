@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for kernels/device/ptx.cuh: the same functions with the meaning that the PTX manual gives the instructions,
+// and matrix products, which the kernels to come are written with.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+namespace tqkv::cuda {
+
+// The shared memory that the launch asked for.
+inline void *dynamic_shared() {
+  return ::emulation::dynamic_shared();
+}
+
+inline int clamp_from_zero(int x, int most) {
+  return std::max(std::min(x, most), 0);
+}
+
+// Shared memory's 32-bit window: addresses wrap around, as the kernels' arithmetic on them may.
+inline uintptr_t shared_window() {
+  return reinterpret_cast<uintptr_t>(dynamic_shared()) - (uintptr_t{1} << 31);
+}
+
+inline uint32_t shared_address(const void *pointer) {
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(pointer) - shared_window();
+  if (offset != uint32_t(offset)) ::emulation::stop("%p is not in shared memory", pointer);
+  return uint32_t(offset);
+}
+
+// ld.shared.u32
+inline uint32_t load_shared(uint32_t address) {
+  return *reinterpret_cast<const uint32_t *>(shared_window() + address);
+}
+
+// prmt.b32, default mode: a selector's bit 3 takes the sign of the byte, eight times.
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result = __byte_perm(a, b, selector & 0x7777);
+  for (int i = 0; i < 32; i += 8) {
+    const uint32_t byte = 0xffu << i;
+    if (selector >> (i / 2) & 8) result = (result >> i & 0x80) != 0 ? result | byte : result & ~byte;
+  }
+  return result;
+}
+
+inline uint32_t sign_masks(uint32_t bytes) {
+  return permute_bytes(bytes, 0, 0xba98);
+}
+
+// cvt.rn to a 16-bit format of `kDigits` significant bits, whose least exponent of a normal number is `kLeast`; a NaN
+// becomes 0x7fff.
+template <int kDigits, int kLeast>
+uint32_t round_to_16_bits(float x) {
+  const uint32_t sign = signbit(x) ? 0x8000 : 0;
+  constexpr uint32_t kOne = 1u << (kDigits - 1), kInfinity = uint32_t(3 - 2 * kLeast) << (kDigits - 1);
+  if (isnan(x)) return 0x7fff;
+  if (isinf(x)) return sign | kInfinity;
+  if (x == 0) return sign;
+  const int exponent = std::max(ilogbf(x), kLeast);
+  // In units of the last place; what rounds up to the next power of two, or to infinity, carries into the exponent.
+  const double units = nearbyint(ldexp(fabs(double(x)), kDigits - 1 - exponent));
+  return sign | std::min(uint32_t(exponent - kLeast) * kOne + uint32_t(units), kInfinity);
+}
+
+// cvt.rn.f16x2.f32, cvt.rn.bf16x2.f32
+inline uint32_t pack_f16(float low, float high) {
+  return round_to_16_bits<11, -14>(high) << 16 | round_to_16_bits<11, -14>(low);
+}
+inline uint32_t pack_bf16(float low, float high) {
+  return round_to_16_bits<8, -126>(high) << 16 | round_to_16_bits<8, -126>(low);
+}
+
+// mma.sync.aligned.m16n8k32.row.col.s32.{u8,s8}.{u8,s8}.s32: d = A B + c, A [16, 32] of bytes A, B [32, 8] of bytes B,
+// all 32 lanes together. Of lane 4 g + t (g = 0 .. 7, t = 0 .. 3):
+//   a[0], a[2]: row g, columns 4 t .. 4 t + 3 and those + 16; a[1], a[3]: the same of row g + 8
+//   b[0], b[1]: column g, rows 4 t .. 4 t + 3 and those + 16
+//   c, d [0], [1]: row g, columns 2 t and 2 t + 1; [2], [3]: the same of row g + 8
+// Sums wrap around.
+template <class A, class B>
+void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int32_t (&c)[4]) {
+  static_assert(std::is_same_v<A, uint8_t> || std::is_same_v<A, int8_t>);
+  static_assert(std::is_same_v<B, uint8_t> || std::is_same_v<B, int8_t>);
+  struct Fragments {
+    const uint32_t *a, *b;
+    const int32_t *c;
+    int32_t *d;
+  } mine{a, b, c, d};
+  ::emulation::collective("mma.m16n8k32", 0xffffffff, mine, [](const ::emulation::Exchanges<Fragments> &all) {
+    const auto byte = [](uint32_t word, unsigned k) { return word >> (8 * (k % 4)); };
+    uint32_t product[16][8] = {};
+    for (unsigned row = 0; row < 16; ++row) {
+      for (unsigned column = 0; column < 8; ++column) {
+        for (unsigned k = 0; k < 32; ++k) {
+          const unsigned t = k % 16 / 4;
+          const A x = A(byte(all[4 * (row % 8) + t].a[row / 8 + 2 * (k / 16)], k));
+          const B y = B(byte(all[4 * column + t].b[k / 16], k));
+          product[row][column] += uint32_t(int(x) * int(y));
+        }
+      }
+    }
+    all.for_each([&](unsigned lane, Fragments &f) {
+      for (unsigned i = 0; i < 4; ++i) {
+        f.d[i] = int32_t(product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] + uint32_t(f.c[i]));
+      }
+    });
+  });
+}
+
+}  // namespace tqkv::cuda

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulated device in place of abi/cuda_device.cpp: its memory is the host's, and AddressSanitizer its memory check.
+#include "abi/device.hpp"
+#include "runtime.hpp"
+
+namespace {
+
+class EmulatedDevice final : public CpuDevice {
+ public:
+  explicit EmulatedDevice(bool captured) : captured_(captured) {}
+  int32_t kind() const override { return TQ_DEVICE_CUDA; }
+  tq_status call(const std::function<tq_status(void *)> &body) override {
+    char stream;  // its address is its name
+    if (!captured_) return body(&stream);
+    emulation::begin_capture(&stream);
+    const tq_status status = body(&stream);
+    for (const auto &work : emulation::end_capture()) {
+      if (status == TQ_OK) work();
+    }
+    return status;
+  }
+
+ private:
+  bool captured_;
+};
+
+}  // namespace
+
+Device *cuda_device(bool captured, int ordinal) {
+  static EmulatedDevice direct(false), by_graph(true);
+  return ordinal != 0 ? nullptr : captured ? &by_graph : &direct;
+}
+
+int cuda_current_device() {
+  return 0;
+}
+
+void *cuda_new_stream(int) {
+  return new char;  // its address is its name
+}
