@@ -1,40 +1,58 @@
 // SPDX-License-Identifier: Apache-2.0
-// tqkv-bench codec: encode, decode, store and load on a CUDA device against the memory ceilings measured in the same
-// run. Every operation is a CUDA graph of launches over rotating data far larger than L2; times are medians of replays.
+// Encode, decode, store and load on a CUDA device against the memory ceilings measured in the same run. Every operation
+// is a CUDA graph of calls over rotating data far larger than the L2 cache.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <tqkv/tqkv.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
+#include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "codec_bench.hpp"
 
+namespace tqkv_bench {
 namespace {
 
 void expect(cudaError_t error, const char *what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 void expect(tq_status status) {
-  if (status == TQ_OK) return;
-  std::fprintf(stderr, "%s\n", tq_last_error());
-  std::exit(1);
+  if (status != TQ_OK) throw std::runtime_error(std::string(tq_status_string(status)) + ": " + tq_last_error());
 }
+
+template <class Struct>
+Struct sized() {
+  Struct result{};
+  result.struct_size = sizeof(Struct);
+  return result;
+}
+
+struct CodecDeleter {
+  void operator()(tq_codec *codec) const { tq_destroy(codec); }
+};
+using Codec = std::unique_ptr<tq_codec, CodecDeleter>;
 
 struct Buffer {
   uint8_t *data = nullptr;
-  explicit Buffer(size_t bytes) { expect(cudaMalloc(&data, std::max<size_t>(bytes, 256)), "allocating"); }
+  explicit Buffer(size_t bytes) { expect(cudaMalloc(&data, std::max<size_t>(bytes, 256)), "allocating device memory"); }
   ~Buffer() { cudaFree(data); }
   Buffer(const Buffer &) = delete;
   Buffer &operator=(const Buffer &) = delete;
 };
+
+constexpr int kHeads = 8, kTile = 16;
+constexpr int kDecodeStep = 64, kPrefillChunk = 8192;  // tokens
+constexpr int64_t kElements = int64_t{1} << 29;        // bf16: 1 GiB in, 1 GiB out
+constexpr size_t kScratchBytes = size_t{640} << 20;    // codes and pages
+constexpr int64_t kColdBytes = int64_t{256} << 20;     // several times the L2 cache of any device
 
 // bf16 normals by a hash of the index, so that no value repeats.
 __global__ void fill_kernel(uint16_t *data, int64_t count) {
@@ -48,278 +66,557 @@ __global__ void fill_kernel(uint16_t *data, int64_t count) {
   }
 }
 
-// Reads read_chunks and writes write_chunks of 16 bytes for each group of vectors, and does nothing else.
-__global__ void __launch_bounds__(256)
-    stripped_kernel(const uint4 *from, uint4 *to, int64_t groups, int read_chunks, int write_chunks) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t group = int64_t{blockIdx.x} * 8 + threadIdx.x / 32; group < groups; group += int64_t{gridDim.x} * 8) {
+// Cycles and nanoseconds that passed in the same time.
+__global__ void clock_kernel(uint64_t *result) {
+  uint64_t begin, end;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+  const long long first = clock64();
+  while (clock64() - first < 20'000'000) {
+  }
+  result[0] = uint64_t(clock64() - first);
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(end));
+  result[1] = end - begin;
+}
+
+constexpr int kPoison = 0xa5;
+
+__global__ void count_poison_kernel(const uint4 *data, int64_t chunks, unsigned long long *count) {
+  constexpr uint32_t kWord = kPoison * 0x01010101u;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < chunks; i += int64_t{gridDim.x} * blockDim.x) {
+    const uint4 v = data[i];
+    if (v.x == kWord && v.y == kWord && v.z == kWord && v.w == kWord) atomicAdd(count, 1ull);
+  }
+}
+
+// What a stripped kernel moves: `groups` times so many bytes, multiples of 16, from one array to another.
+struct Moves {
+  const uint8_t *from;
+  uint8_t *to;
+  int64_t groups;
+  int32_t read_bytes, write_bytes;  // of a group; write_bytes may be 0
+};
+
+// By loads and stores of 16 bytes: each team of threads takes `per_team` groups at a time and has kInFlight loads a
+// thread under way.
+template <int kInFlight, bool kStreaming>
+__global__ void __launch_bounds__(512) plain_kernel(const Moves moves, int per_team, int team) {
+  const int lane = int(threadIdx.x) % team, teams = int(blockDim.x) / team;
+  const int read_chunks = moves.read_bytes / 16, write_chunks = moves.write_bytes / 16;
+  const int64_t parts = (moves.groups + per_team - 1) / per_team;
+  for (int64_t part = int64_t{blockIdx.x} * teams + int(threadIdx.x) / team; part < parts;
+       part += int64_t{gridDim.x} * teams) {
+    const int64_t first_group = part * per_team;
+    const int count = int(min(int64_t{per_team}, moves.groups - first_group));
+    const uint4 *from = reinterpret_cast<const uint4 *>(moves.from) + first_group * read_chunks;
+    uint4 *to = reinterpret_cast<uint4 *>(moves.to) + first_group * write_chunks;
+    const int reads = count * read_chunks, writes = count * write_chunks;
     uint4 sum = make_uint4(1, 2, 3, 4);
-    const uint4 *source = from + group * read_chunks;
-    for (int first = lane; first < read_chunks; first += 32 * 8) {
-      uint4 v[8];
+    for (int first = lane; first < reads; first += team * kInFlight) {
+      uint4 v[kInFlight];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        v[i] = first + 32 * i < read_chunks ? __ldcs(source + first + 32 * i) : make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < kInFlight; ++i) {
+        v[i] = first + team * i < reads ? __ldcs(from + first + team * i) : make_uint4(0, 0, 0, 0);
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum.x ^= v[i].x, sum.y ^= v[i].y, sum.z ^= v[i].z, sum.w ^= v[i].w;
+      for (int i = 0; i < kInFlight; ++i) sum.x ^= v[i].x, sum.y ^= v[i].y, sum.z ^= v[i].z, sum.w ^= v[i].w;
     }
-    uint4 *target = to + group * write_chunks;
-    for (int i = lane; i < write_chunks; i += 32) target[i] = sum;
-    if (write_chunks == 0 && sum.x == 0x12345678 && sum.y == 0x87654321) to[0] = sum;
+    for (int i = lane; i < writes; i += team) {
+      if (kStreaming) {
+        __stcs(to + i, sum);
+      } else {
+        to[i] = sum;
+      }
+    }
+    // Never so, which the compiler does not know: every thread's loads stay, also of those that store nothing.
+    if (sum.x == 0x12345678 && sum.y == 0x87654321 && sum.z == 0x13572468) to[0] = sum;
   }
 }
 
-// Median seconds of one `launch(i, stream)`; i counts launches.
-double seconds(const std::function<void(int, cudaStream_t)> &launch, int launches = 8, int replays = 15) {
-  cudaStream_t stream;
-  expect(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "a capture");
-  for (int i = 0; i < launches; ++i) launch(i, stream);
-  expect(cudaStreamEndCapture(stream, &graph), "a capture");
-  expect(cudaGraphInstantiate(&executable, graph, 0), "a graph");
-  cudaEvent_t begin, end;
-  expect(cudaEventCreate(&begin), "an event");
-  expect(cudaEventCreate(&end), "an event");
+constexpr int kMaxStages = 16;
+
+// By bulk copies through shared memory, from one thread a block: a ring of stages, each holding `per_stage` groups.
+__global__ void __launch_bounds__(32) bulk_kernel(const Moves moves, int per_stage, int stages, uint32_t stage_bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint8_t buffer[];
+  __shared__ __align__(8) uint64_t full[kMaxStages];
+  const uint32_t first_stage = uint32_t(__cvta_generic_to_shared(buffer));
+  const uint32_t first_barrier = uint32_t(__cvta_generic_to_shared(full));
+  const int64_t parts = (moves.groups + per_stage - 1) / per_stage;
+  const int64_t own = int64_t{blockIdx.x} < parts ? (parts - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
+  const auto group_of = [&](int64_t i) { return (blockIdx.x + i * gridDim.x) * per_stage; };
+  const auto count_at = [&](int64_t group) { return uint32_t(min(int64_t{per_stage}, moves.groups - group)); };
+  const auto load = [&](int64_t i) {
+    const int64_t group = group_of(i);
+    const uint32_t bytes = count_at(group) * uint32_t(moves.read_bytes), stage = uint32_t(i % stages);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(first_barrier + 8 * stage), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     first_stage + stage * stage_bytes),
+                 "l"(moves.from + group * moves.read_bytes), "r"(bytes), "r"(first_barrier + 8 * stage)
+                 : "memory");
+  };
+  for (int stage = 0; stage < stages; ++stage) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(first_barrier + 8 * stage) : "memory");
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copies see the barriers
+  for (int64_t i = 0; i < own && i < stages; ++i) load(i);
+  for (int64_t i = 0; i < own; ++i) {
+    const uint32_t stage = uint32_t(i % stages), parity = uint32_t(i / stages & 1);
+    uint32_t done = 0;
+    while (done == 0) {
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(done)
+          : "r"(first_barrier + 8 * stage), "r"(parity)
+          : "memory");
+    }
+    if (moves.write_bytes == 0) {
+      if (i + stages < own) load(i + stages);
+      continue;
+    }
+    const int64_t group = group_of(i);
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(moves.to + group * moves.write_bytes),
+        "r"(first_stage + stage * stage_bytes), "r"(count_at(group) * uint32_t(moves.write_bytes))
+        : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    // All but the newest write have read their stages: the one before it is free.
+    asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+    if (i > 0 && i - 1 + stages < own) load(i - 1 + stages);
+  }
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+}
+
+struct Stream {
+  cudaStream_t handle = nullptr;
+  Stream() { expect(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking), "making a stream"); }
+  ~Stream() { cudaStreamDestroy(handle); }
+  Stream(const Stream &) = delete;
+  Stream &operator=(const Stream &) = delete;
+};
+
+struct Event {
+  cudaEvent_t handle = nullptr;
+  Event() { expect(cudaEventCreate(&handle), "making an event"); }
+  ~Event() { cudaEventDestroy(handle); }
+  Event(const Event &) = delete;
+  Event &operator=(const Event &) = delete;
+};
+
+// call(i, stream) enqueues the i-th of the calls that a graph holds.
+using Call = std::function<void(int, cudaStream_t)>;
+
+struct Graph {
+  cudaGraphExec_t executable = nullptr;
+  Graph(const Call &call, int calls, cudaStream_t stream) {
+    cudaGraph_t graph = nullptr;
+    expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "beginning a capture");
+    for (int i = 0; i < calls; ++i) call(i, stream);
+    expect(cudaStreamEndCapture(stream, &graph), "ending a capture");
+    const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
+    cudaGraphDestroy(graph);
+    expect(error, "instantiating a graph");
+  }
+  ~Graph() { cudaGraphExecDestroy(executable); }
+  Graph(const Graph &) = delete;
+  Graph &operator=(const Graph &) = delete;
+};
+
+Timing time_of(const Call &call, int calls, int replays) {
+  constexpr int kWarmUp = 2;
+  const Stream stream;
+  const Graph graph(call, calls, stream.handle);
+  const Event begin, end;
   std::vector<double> times;
-  for (int i = 0; i < replays + 2; ++i) {
-    expect(cudaEventRecord(begin, stream), "an event");
-    expect(cudaGraphLaunch(executable, stream), "a graph");
-    expect(cudaEventRecord(end, stream), "an event");
-    expect(cudaStreamSynchronize(stream), "a graph");
+  for (int i = 0; i < replays + kWarmUp; ++i) {
+    expect(cudaEventRecord(begin.handle, stream.handle), "recording an event");
+    expect(cudaGraphLaunch(graph.executable, stream.handle), "launching a graph");
+    expect(cudaEventRecord(end.handle, stream.handle), "recording an event");
+    expect(cudaStreamSynchronize(stream.handle), "running a graph");
     float milliseconds = 0;
-    expect(cudaEventElapsedTime(&milliseconds, begin, end), "an event");
-    if (i >= 2) times.push_back(double(milliseconds) * 1e-3 / launches);
+    expect(cudaEventElapsedTime(&milliseconds, begin.handle, end.handle), "reading an event");
+    if (i >= kWarmUp) times.push_back(double(milliseconds) * 1e-3 / calls);
   }
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  cudaStreamDestroy(stream);
-  std::nth_element(times.begin(), times.begin() + std::ptrdiff_t(times.size() / 2), times.end());
-  return times[times.size() / 2];
+  std::sort(times.begin(), times.end());
+  const size_t n = times.size();
+  return {times[n / 2], times.front(), times[(9 * n + 9) / 10 - 1]};
 }
 
-std::vector<std::string> rows;
+// How a measurement moves on between calls, so that nothing is left in the L2 cache: call i works on set i % sets.
+struct Rotation {
+  int64_t sets;
+  int calls;  // of one graph
+};
 
-void report(const char *operation, int head_dim, int bits, int64_t vectors, double bytes, double time,
-            double ceiling_time) {
-  char line[512];
-  std::snprintf(line, sizeof line,
-                "{\"operation\": \"%s\", \"head_dim\": %d, \"bits\": %d, \"vectors\": %lld, \"bytes\": %.0f, "
-                "\"microseconds\": %.3f, \"gigabytes_per_second\": %.1f, \"ceiling_microseconds\": %.3f, "
-                "\"share\": %.4f}",
-                operation, head_dim, bits, (long long)vectors, bytes, time * 1e6, bytes / time * 1e-9,
-                ceiling_time * 1e6, ceiling_time / time);
-  rows.push_back(line);
-  std::printf("%-26s %4d %4d %9lld %10.2f us %8.1f GB/s  ceiling %10.2f us  share %5.1f%%\n", operation, head_dim, bits,
-              (long long)vectors, time * 1e6, bytes / time * 1e-9, ceiling_time * 1e6, 100 * ceiling_time / time);
-  std::fflush(stdout);
-}
+class Bench {
+ public:
+  Bench(const CodecOptions &options, const CodecSink &sink) : options_(options), sink_(sink) {
+    expect(cudaSetDevice(0), "choosing device 0");
+    auto info = sized<tq_device_info>();
+    expect(tq_device_get_info(TQ_DEVICE_CUDA, 0, &info));
+    machine_.device = info.name;
+    machine_.compute_capability = info.compute_capability;
+    machine_.multiprocessors = info.processors;
+    cudaFuncAttributes attributes;
+    expect(cudaFuncGetAttributes(&attributes, bulk_kernel), "loading the bulk kernel");
+    has_bulk_ = attributes.ptxVersion >= 90;  // compiled without, it would do nothing
+    if (has_bulk_) {
+      expect(cudaFuncSetAttribute(bulk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBulkBytes),
+             "giving the bulk kernel its shared memory");
+      expect(cudaFuncSetAttribute(bulk_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             "giving the bulk kernel its shared memory");
+    }
+    fill_kernel<<<4096, 256>>>(reinterpret_cast<uint16_t *>(input_.data), kElements);
+    expect(cudaGetLastError(), "filling the input");
+    expect(cudaMemset(scratch_.data, 0x35, kScratchBytes), "filling the scratch memory");
+    expect(cudaDeviceSynchronize(), "filling the input");
+  }
 
-struct Bench {
-  int multiprocessors = 0;
-  int64_t elems = int64_t{1} << 29;  // bf16: 1 GiB
-  Buffer input{size_t(elems) * 2}, output{size_t(elems) * 2}, scratch{size_t{640} << 20};
+  void run() {
+    describe_machine();
+    for (int head_dim : options_.head_dims) {
+      for (int bits : {4, 3, 2}) measure(head_dim, bits, TQ_ROTATION_HADAMARD);
+      if (head_dim == 128) measure(head_dim, 4, TQ_ROTATION_DENSE);
+    }
+  }
 
-  // Best of several grids for reading and writing this many bytes a group.
-  double ceiling(int64_t groups, int64_t read_bytes, int64_t write_bytes, bool reads_dense) {
-    double best = 1e9;
-    const uint8_t *from = reads_dense ? input.data : scratch.data;
-    uint8_t *to = reads_dense ? scratch.data : output.data;
-    for (int blocks : {2, 4, 6, 8}) {
-      best = std::min(best, seconds(
-                                [&](int, cudaStream_t stream) {
-                                  stripped_kernel<<<multiprocessors * blocks, 256, 0, stream>>>(
-                                      reinterpret_cast<const uint4 *>(from), reinterpret_cast<uint4 *>(to), groups,
-                                      int(read_bytes / 16), int(write_bytes / 16));
-                                },
-                                4, 9));
+ private:
+  static constexpr int kBulkBytes = 192 << 10;  // of shared memory a multiprocessor: 12 stages of 16 KiB
+
+  int replays() const { return options_.quick ? 5 : 31; }
+
+  void describe_machine() {
+    const auto version = [](int v) { return std::to_string(v / 1000) + '.' + std::to_string(v % 1000 / 10); };
+    int driver = 0, runtime = 0;
+    expect(cudaDriverGetVersion(&driver), "asking the driver's version");
+    expect(cudaRuntimeGetVersion(&runtime), "asking the runtime's version");
+    machine_.cuda_driver = version(driver);
+    machine_.cuda_runtime = version(runtime);
+    machine_.driver = driver_version();
+
+    constexpr int kGroupBytes = 4096;
+    machine_.read_bytes = kElements * 2;
+    const Moves moves{input_.data, scratch_.data, machine_.read_bytes / kGroupBytes, kGroupBytes, 0};
+    machine_.plain_read = best_plain(moves, {1, 4});
+    if (has_bulk_) machine_.bulk_read = best_bulk(moves, {1, 4}, {16});
+
+    Buffer counts(16);
+    clock_kernel<<<1, 1>>>(reinterpret_cast<uint64_t *>(counts.data));
+    expect(cudaGetLastError(), "measuring the clock");
+    uint64_t host[2] = {};
+    expect(cudaMemcpy(host, counts.data, sizeof host, cudaMemcpyDeviceToHost), "measuring the clock");
+    machine_.clock_mhz = double(host[0]) / double(host[1]) * 1e3;
+    sink_.machine(machine_);
+  }
+
+  // The release of the driver's package, or nothing where its management library is missing.
+  static std::string driver_version() {
+    void *library = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) return "";
+    const auto init = reinterpret_cast<int (*)()>(dlsym(library, "nvmlInit_v2"));
+    const auto get = reinterpret_cast<int (*)(char *, unsigned)>(dlsym(library, "nvmlSystemGetDriverVersion"));
+    const auto shutdown = reinterpret_cast<int (*)()>(dlsym(library, "nvmlShutdown"));
+    char text[96] = "";
+    if (init != nullptr && get != nullptr && shutdown != nullptr && init() == 0) {
+      if (get(text, sizeof text) != 0) text[0] = 0;
+      shutdown();
+    }
+    dlclose(library);
+    return text;
+  }
+
+  // Measures one way to make the moves; `best` keeps the fastest.
+  using Launch = std::function<void(const Moves &, cudaStream_t)>;
+  void consider(const std::string &name, const Launch &launch, const Moves &moves, const Rotation &rotation,
+                Ceiling *best) {
+    const int64_t write_bytes = moves.groups * moves.write_bytes;
+    if (write_bytes > 0) check_writes(name, launch, moves, write_bytes);
+    const Timing time = time_of(
+        [&](int i, cudaStream_t stream) {
+          Moves set = moves;
+          set.from += i % rotation.sets * moves.groups * moves.read_bytes;
+          set.to += i % rotation.sets * write_bytes;
+          launch(set, stream);
+          expect(cudaGetLastError(), name.c_str());
+        },
+        rotation.calls, options_.quick ? 5 : 9);
+    if (best->seconds == 0 || time.median < best->seconds) *best = {time.median, name};
+  }
+
+  // A ceiling that skips bytes would be a wrong one.
+  void check_writes(const std::string &name, const Launch &launch, const Moves &moves, int64_t bytes) {
+    const Buffer count(8);
+    expect(cudaMemset(count.data, 0, 8), name.c_str());
+    expect(cudaMemset(moves.to, kPoison, size_t(bytes)), name.c_str());
+    launch(moves, nullptr);
+    expect(cudaGetLastError(), name.c_str());
+    count_poison_kernel<<<1024, 256>>>(reinterpret_cast<const uint4 *>(moves.to), bytes / 16,
+                                       reinterpret_cast<unsigned long long *>(count.data));
+    expect(cudaGetLastError(), name.c_str());
+    unsigned long long left = 0;
+    expect(cudaMemcpy(&left, count.data, 8, cudaMemcpyDeviceToHost), name.c_str());
+    if (left != 0) throw std::runtime_error(name + " left " + std::to_string(left) + " chunks unwritten");
+  }
+
+  template <int kInFlight, bool kStreaming>
+  void consider_plain(const Moves &moves, const Rotation &rotation, Ceiling *best) {
+    for (int threads : {256, 512}) {
+      for (int team : {32, threads}) {
+        // As many groups as the loads in flight cover, at least one.
+        const int per_team = int(std::clamp<int64_t>(int64_t{16} * kInFlight * team / moves.read_bytes, 1, 64));
+        const int64_t parts = (moves.groups + per_team - 1) / per_team;
+        const int64_t all = (parts + threads / team - 1) / (threads / team);
+        int fitting = 0;
+        expect(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, plain_kernel<kInFlight, kStreaming>, threads, 0),
+               "asking for the occupancy");
+        const int64_t resident = int64_t{fitting} * machine_.multiprocessors;
+        // One block after the other, or as many as fit at once or half of them, which go on to further groups.
+        std::vector<std::pair<const char *, int64_t>> grids = {{"all blocks", all}};
+        if (all > resident) grids.push_back({"resident blocks", resident});
+        if (all > resident / 2) grids.push_back({"half the resident blocks", std::max<int64_t>(1, resident / 2)});
+        for (const auto &[grid_name, grid] : grids) {
+          if (grid > INT32_MAX) continue;
+          char name[160];
+          std::snprintf(name, sizeof name, "plain, %d loads a thread, %d threads, teams of %d, %s%s", kInFlight,
+                        threads, team, grid_name, kStreaming ? ", streaming stores" : "");
+          consider(
+              name,
+              [&, blocks = unsigned(grid)](const Moves &set, cudaStream_t stream) {
+                plain_kernel<kInFlight, kStreaming><<<blocks, threads, 0, stream>>>(set, per_team, team);
+              },
+              moves, rotation, best);
+        }
+      }
+    }
+  }
+
+  Ceiling best_plain(const Moves &moves, const Rotation &rotation) {
+    Ceiling best;
+    consider_plain<1, false>(moves, rotation, &best);
+    consider_plain<2, false>(moves, rotation, &best);
+    consider_plain<4, false>(moves, rotation, &best);
+    consider_plain<8, false>(moves, rotation, &best);
+    if (moves.write_bytes > 0) {
+      consider_plain<2, true>(moves, rotation, &best);
+      consider_plain<4, true>(moves, rotation, &best);
+      consider_plain<8, true>(moves, rotation, &best);
     }
     return best;
   }
 
-  void vectors_and_pages(int head_dim, int bits, int rotation, bool quick) {
-    constexpr int kHeads = 8;
-    const int64_t vectors = elems / 2 / head_dim;  // 512 MiB of bf16: two sets
-    tq_config config{};
+  // Stages of up to so many KiB of what goes in or out, whichever is more; 1, 2 or 4 blocks share the memory for them.
+  Ceiling best_bulk(const Moves &moves, const Rotation &rotation, const std::vector<int> &stage_kib) {
+    Ceiling best;
+    const int largest = std::max(moves.read_bytes, moves.write_bytes);
+    for (int kib : stage_kib) {
+      const int per_stage = (kib << 10) / largest;
+      if (per_stage == 0) continue;
+      const int stage_bytes = (per_stage * largest + 127) / 128 * 128;
+      for (int blocks : {1, 2, 4}) {
+        // Each block also has a kilobyte of the system's and its barriers.
+        const int stages = std::min(kMaxStages, kBulkBytes / blocks / stage_bytes);
+        if (stages < 2) continue;
+        const int64_t parts = (moves.groups + per_stage - 1) / per_stage;
+        const int64_t grid = std::min<int64_t>(parts, int64_t{blocks} * machine_.multiprocessors);
+        char name[160];
+        std::snprintf(name, sizeof name, "bulk copies, stages of %d bytes, %d a block, %d blocks a multiprocessor",
+                      per_stage * largest, stages, blocks);
+        consider(
+            name,
+            [&, count = unsigned(grid)](const Moves &set, cudaStream_t stream) {
+              bulk_kernel<<<count, 1, size_t(stages) * size_t(stage_bytes), stream>>>(set, per_stage, stages,
+                                                                                      uint32_t(stage_bytes));
+            },
+            moves, rotation, &best);
+      }
+    }
+    return best;
+  }
+
+  Ceiling ceiling(const Moves &moves, const Rotation &rotation) {
+    const Ceiling plain = best_plain(moves, rotation);
+    if (!has_bulk_) return plain;
+    const Ceiling bulk = best_bulk(moves, rotation, {16, 8, 4});
+    return !bulk.kernel.empty() && bulk.seconds < plain.seconds ? bulk : plain;
+  }
+
+  // Ceilings of encoding and decoding that many vectors.
+  struct Ceilings {
+    Ceiling up, down;
+  };
+  Ceilings ceilings(int64_t vectors, int head_dim, int64_t record, const Rotation &rotation) {
+    const int32_t dense = kTile * 2 * head_dim, coded = int32_t(kTile * record);
+    return {ceiling({input_.data, scratch_.data, vectors / kTile, dense, coded}, rotation),
+            ceiling({scratch_.data, output_.data, vectors / kTile, coded, dense}, rotation)};
+  }
+
+  void measure(int head_dim, int bits, int rotation) {
+    auto config = tq_config{};
     expect(tq_config_init(&config, sizeof config, nullptr));
     config.device = TQ_DEVICE_CUDA;
     config.kv_heads = kHeads;
     config.k.head_dim = head_dim;
     config.k.bits = config.v.bits = bits;
     config.k.rotation = config.v.rotation = rotation;
-    tq_codec *codec = nullptr;
-    expect(tq_create(&config, &codec));
-    tq_codec_info info{};
-    info.struct_size = sizeof info;
-    expect(tq_info(codec, &info));
-    const int64_t code_bytes = info.k.code_bytes, record = code_bytes + 2;
-    const int64_t stride = (code_bytes + 15) / 16 * 16;
-    const double bytes = double(vectors) * double(2 * head_dim + record);
-    const double up = ceiling(vectors / 16, 32 * head_dim, 16 * record, true);
-    const double down = ceiling(vectors / 16, 16 * record, 32 * head_dim, false);
-    size_t workspace_bytes = 0;
-    expect(tq_vectors_workspace(codec, TQ_SIDE_K, vectors, &workspace_bytes));
-    Buffer workspace(workspace_bytes);
-    const int64_t set = vectors * stride + vectors * 2;
     const bool dense = rotation == TQ_ROTATION_DENSE;
-    if (!quick || dense) {
-      const double encode = seconds(
-          [&](int i, cudaStream_t stream) {
-            tq_encode_args args{};
-            args.struct_size = sizeof args;
-            args.side = TQ_SIDE_K;
-            args.count = vectors;
-            args.input = input.data + (i & 1) * (elems / 2) * 2;
-            args.input_type = TQ_TYPE_BF16;
-            args.codes = scratch.data + (i & 1) * set;
-            args.codes_stride_bytes = stride;
-            args.scales = scratch.data + (i & 1) * set + vectors * stride;
-            args.workspace = workspace.data;
-            args.workspace_bytes = workspace_bytes;
-            args.stream = stream;
-            expect(tq_encode(codec, &args));
-          },
-          dense ? 2 : 4, dense ? 5 : 15);
-      report(dense ? "encode, dense" : "encode, Hadamard", head_dim, bits, vectors, bytes, encode, up);
-      const double decode = seconds(
-          [&](int i, cudaStream_t stream) {
-            tq_decode_args args{};
-            args.struct_size = sizeof args;
-            args.side = TQ_SIDE_K;
-            args.count = vectors;
-            args.codes = scratch.data + (i & 1) * set;
-            args.codes_stride_bytes = stride;
-            args.scales = scratch.data + (i & 1) * set + vectors * stride;
-            args.output = output.data + (i & 1) * (elems / 2) * 2;
-            args.output_type = TQ_TYPE_BF16;
-            args.workspace = workspace.data;
-            args.workspace_bytes = workspace_bytes;
-            args.stream = stream;
-            expect(tq_decode(codec, &args));
-          },
-          dense ? 2 : 4, dense ? 5 : 15);
-      report(dense ? "decode, dense" : "decode, Hadamard", head_dim, bits, vectors, bytes, decode, down);
+    if (tq_supports(&config) != TQ_OK) {
+      return sink_.refused("head_dim " + std::to_string(head_dim) + (dense ? ", dense: " : ": ") + tq_last_error());
     }
-    if (!dense) {
-      // K and V of half the vectors each.
-      const int64_t tokens = vectors / 2 / kHeads;
-      paged("", codec, info, head_dim, bits, tokens, tokens, up, down);
-      if (head_dim == 128) {
-        paged(", 64 tokens", codec, info, head_dim, bits, tokens, 64, 0, 0);
-        paged(", 8192 tokens", codec, info, head_dim, bits, tokens, 8192, 0, 0);
-      }
+    tq_codec *made = nullptr;
+    expect(tq_create(&config, &made));
+    const Codec codec(made);
+    auto info = sized<tq_codec_info>();
+    expect(tq_info(codec.get(), &info));
+
+    // Half of the input, whole tiles of all heads of K and of V; two such sets take turns.
+    const int64_t vectors = kElements / 2 / head_dim / (2 * kTile * kHeads) * (2 * kTile * kHeads);
+    const int64_t record = info.k.code_bytes + info.k.scale_bytes;
+    const Rotation whole{2, 4};
+    const Ceilings full = ceilings(vectors, head_dim, record, whole);
+    flat(codec.get(), info, dense, vectors, full);
+    if (dense) return;
+    const int64_t tokens = vectors / 2 / kHeads;
+    paged(codec.get(), info, "", tokens, tokens, full);
+    if (head_dim != 128) return;
+    for (const auto &[call_tokens, suffix] :
+         {std::pair<int, const char *>{kDecodeStep, ", 64 tokens"}, {kPrefillChunk, ", 8192 tokens"}}) {
+      const int64_t call_vectors = int64_t{2} * kHeads * call_tokens;
+      paged(codec.get(), info, suffix, tokens, call_tokens,
+            ceilings(call_vectors, head_dim, record, rotation_of(info, tokens, call_tokens)));
     }
-    tq_destroy(codec);
   }
 
-  // Store and load of calls of `call_tokens` tokens, out of `tokens`; ceilings of zero are measured at that size.
-  void paged(const char *suffix, tq_codec *codec, const tq_codec_info &info, int head_dim, int bits, int64_t tokens,
-             int64_t call_tokens, double up, double down) {
-    constexpr int kHeads = 8;
-    const int64_t vectors = 2 * call_tokens * kHeads, record = info.k.code_bytes + 2;
-    if (up == 0) {
-      up = ceiling(vectors / 16, 32 * head_dim, 16 * record, true);
-      down = ceiling(vectors / 16, 16 * record, 32 * head_dim, false);
-    }
-    std::vector<int64_t> host(static_cast<size_t>(tokens));
-    for (size_t i = 0; i < host.size(); ++i) host[i] = int64_t(i);
-    if (call_tokens == 64) {  // a decode step: every token in a block of its own
-      for (size_t i = 0; i < host.size(); ++i) host[i] = int64_t((i * 2654435761u) % host.size() / 16 * 16 + i % 16);
-    }
-    Buffer slots(host.size() * 8);
-    expect(cudaMemcpy(slots.data, host.data(), host.size() * 8, cudaMemcpyHostToDevice), "slots");
-    tq_layout layout{};
-    layout.struct_size = sizeof layout;
-    expect(tq_page_layout(codec, TQ_PAGES_CODED, &layout));
-    const int64_t blocks = tokens / 16, calls = std::max<int64_t>(1, tokens / call_tokens);
-    tq_pages pages{};
-    pages.struct_size = sizeof pages;
-    pages.num_blocks = blocks;
-    pages.fingerprint = layout.fingerprint;
-    pages.base = scratch.data;
-    const int64_t row = int64_t{kHeads} * head_dim;
-    const int launches = call_tokens == tokens ? 4 : int(std::min<int64_t>(calls, 100));
-    const auto first = [&](int i) { return call_tokens == tokens ? 0 : int64_t(i) % calls * call_tokens; };
-    const double store = seconds(
+  // Calls of part of the tokens work on one part after the other, over as much as is cold again when they come back.
+  static Rotation rotation_of(const tq_codec_info &info, int64_t tokens, int64_t call_tokens) {
+    if (call_tokens == tokens) return {2, 4};
+    const int64_t sets = tokens / call_tokens;
+    const int64_t bytes = 2 * kHeads * call_tokens * (2 * info.k.head_dim + info.k.code_bytes + info.k.scale_bytes);
+    return {sets, int(std::min(sets, std::max<int64_t>(16, kColdBytes / bytes)))};
+  }
+
+  void report(const std::string &operation, const tq_codec_info &info, int64_t vectors, const Timing &time,
+              const Ceiling &ceiling) {
+    const int64_t bytes = vectors * (2 * info.k.head_dim + info.k.code_bytes + info.k.scale_bytes);
+    sink_.row({operation, info.k.head_dim, info.k.bits, vectors, bytes, time, ceiling});
+  }
+
+  void flat(const tq_codec *codec, const tq_codec_info &info, bool dense, int64_t vectors, const Ceilings &ceilings) {
+    const int64_t stride = (info.k.code_bytes + 15) / 16 * 16;  // the fast path's
+    const int64_t set_bytes = vectors * (stride + info.k.scale_bytes), dense_bytes = vectors * info.k.head_dim * 2;
+    size_t workspace_bytes = 0;
+    expect(tq_vectors_workspace(codec, TQ_SIDE_K, vectors, &workspace_bytes));
+    const Buffer workspace(workspace_bytes);
+    const int calls = dense ? 2 : 4;
+    const char *suffix = dense ? ", dense" : ", Hadamard";
+    const Timing encode = time_of(
         [&](int i, cudaStream_t stream) {
-          tq_store_args args{};
-          args.struct_size = sizeof args;
+          auto args = sized<tq_encode_args>();
+          args.side = TQ_SIDE_K;
+          args.count = vectors;
+          args.input = input_.data + i % 2 * dense_bytes;
           args.input_type = TQ_TYPE_BF16;
-          args.num_tokens = call_tokens;
-          const int64_t half = call_tokens == tokens ? (i & 1) * (elems / 2) * 2 : 0;
-          args.k = input.data + half + first(i) * row * 2;
-          args.v = input.data + half + elems / 2 + first(i) * row * 2;
-          args.pages = &pages;
-          args.slots = reinterpret_cast<int64_t *>(slots.data) + first(i);
+          args.codes = scratch_.data + i % 2 * set_bytes;
+          args.codes_stride_bytes = stride;
+          args.scales = scratch_.data + i % 2 * set_bytes + vectors * stride;
+          args.workspace = workspace.data;
+          args.workspace_bytes = workspace_bytes;
           args.stream = stream;
+          expect(tq_encode(codec, &args));
+        },
+        calls, replays());
+    report(std::string("encode") + suffix, info, vectors, encode, ceilings.up);
+    const Timing decode = time_of(
+        [&](int i, cudaStream_t stream) {
+          auto args = sized<tq_decode_args>();
+          args.side = TQ_SIDE_K;
+          args.count = vectors;
+          args.codes = scratch_.data + i % 2 * set_bytes;
+          args.codes_stride_bytes = stride;
+          args.scales = scratch_.data + i % 2 * set_bytes + vectors * stride;
+          args.output = output_.data + i % 2 * dense_bytes;
+          args.output_type = TQ_TYPE_BF16;
+          args.workspace = workspace.data;
+          args.workspace_bytes = workspace_bytes;
+          args.stream = stream;
+          expect(tq_decode(codec, &args));
+        },
+        calls, replays());
+    report(std::string("decode") + suffix, info, vectors, decode, ceilings.down);
+  }
+
+  // Store and load, by calls of call_tokens out of `tokens`.
+  void paged(const tq_codec *codec, const tq_codec_info &info, const char *suffix, int64_t tokens, int64_t call_tokens,
+             const Ceilings &ceilings) {
+    std::vector<int64_t> host;
+    for (int64_t i = 0; i < tokens; ++i) {
+      // A decode step has its tokens in blocks of their own: an odd factor spreads a power of two of them.
+      const bool spread = call_tokens == kDecodeStep;
+      host.push_back(spread ? i * 2654435761 % tokens / kTile * kTile + i % kTile : i);
+    }
+    const Buffer slots(host.size() * sizeof(int64_t));
+    expect(cudaMemcpy(slots.data, host.data(), host.size() * sizeof(int64_t), cudaMemcpyHostToDevice), "copying slots");
+    expect(cudaDeviceSynchronize(), "copying slots");  // the streams below do not wait for the default one
+    auto layout = sized<tq_layout>();
+    expect(tq_page_layout(codec, TQ_PAGES_CODED, &layout));
+    auto pages = sized<tq_pages>();
+    pages.base = scratch_.data;
+    pages.num_blocks = tokens / layout.block_size_tokens;
+    pages.fingerprint = layout.fingerprint;
+
+    const Rotation rotation = rotation_of(info, tokens, call_tokens);
+    const int64_t set_bytes = call_tokens * kHeads * info.k.head_dim * 2;  // of one side
+    // Sets of the whole follow each other in the arrays but share their slots.
+    const auto first = [&](int i) { return call_tokens == tokens ? 0 : i % rotation.sets * call_tokens; };
+    const auto k = [&](const Buffer &array, int i) { return array.data + i % rotation.sets * 2 * set_bytes; };
+    const auto prepare = [&](auto &args, int i, cudaStream_t stream) {
+      args.num_tokens = call_tokens;
+      args.pages = &pages;
+      args.slots = reinterpret_cast<const int64_t *>(slots.data) + first(i);
+      args.stream = stream;
+    };
+    const Timing store = time_of(
+        [&](int i, cudaStream_t stream) {
+          auto args = sized<tq_store_args>();
+          args.input_type = TQ_TYPE_BF16;
+          args.k = k(input_, i);
+          args.v = k(input_, i) + set_bytes;
+          prepare(args, i, stream);
           expect(tq_cache_store(codec, &args));
         },
-        launches);
-    const double bytes = double(vectors) * double(2 * head_dim + record);
-    report((std::string("store") + suffix).c_str(), head_dim, bits, vectors, bytes, store, up);
-    const double load = seconds(
+        rotation.calls, replays());
+    report(std::string("store") + suffix, info, 2 * kHeads * call_tokens, store, ceilings.up);
+    const Timing load = time_of(
         [&](int i, cudaStream_t stream) {
-          tq_load_args args{};
-          args.struct_size = sizeof args;
+          auto args = sized<tq_load_args>();
           args.output_type = TQ_TYPE_BF16;
-          args.num_tokens = call_tokens;
-          const int64_t half = call_tokens == tokens ? (i & 1) * (elems / 2) * 2 : 0;
-          args.k = output.data + half + first(i) * row * 2;
-          args.v = output.data + half + elems / 2 + first(i) * row * 2;
-          args.pages = &pages;
-          args.slots = reinterpret_cast<int64_t *>(slots.data) + first(i);
-          args.stream = stream;
+          args.k = k(output_, i);
+          args.v = k(output_, i) + set_bytes;
+          prepare(args, i, stream);
           expect(tq_cache_load(codec, &args));
         },
-        launches);
-    report((std::string("load") + suffix).c_str(), head_dim, bits, vectors, bytes, load, down);
+        rotation.calls, replays());
+    report(std::string("load") + suffix, info, 2 * kHeads * call_tokens, load, ceilings.down);
   }
+
+  const CodecOptions &options_;
+  const CodecSink &sink_;
+  Machine machine_;
+  bool has_bulk_ = false;
+  Buffer input_{size_t(kElements) * 2}, output_{size_t(kElements) * 2}, scratch_{kScratchBytes};
 };
 
 }  // namespace
 
-int tqkv_bench::run_codec(const char *json_path, bool quick) {
-  tq_device_info device{};
-  device.struct_size = sizeof device;
-  expect(tq_device_get_info(TQ_DEVICE_CUDA, 0, &device));
-  Bench bench;
-  bench.multiprocessors = device.processors;
-  fill_kernel<<<4096, 256>>>(reinterpret_cast<uint16_t *>(bench.input.data), bench.elems);
-  expect(cudaMemset(bench.scratch.data, 0x35, size_t{640} << 20), "filling");
-  expect(cudaDeviceSynchronize(), "filling");
-  const int64_t read_groups = bench.elems * 2 / 4096;
-  const double read = bench.ceiling(read_groups, 4096, 0, true);
-  std::printf("%s: plain reads %.1f GB/s\n", device.name, double(bench.elems) * 2 / read * 1e-9);
-  for (int head_dim : {128, 64, 96, 256}) {
-    for (int bits : {4, 3, 2}) bench.vectors_and_pages(head_dim, bits, TQ_ROTATION_HADAMARD, quick && head_dim != 128);
-  }
-  tq_config dense{};
-  expect(tq_config_init(&dense, sizeof dense, nullptr));
-  dense.device = TQ_DEVICE_CUDA;
-  dense.k.head_dim = 128;
-  dense.k.rotation = dense.v.rotation = TQ_ROTATION_DENSE;
-  if (tq_supports(&dense) == TQ_OK) {
-    bench.vectors_and_pages(128, 4, TQ_ROTATION_DENSE, quick);
-  } else {
-    std::printf("dense: %s\n", tq_last_error());
-  }
-  std::FILE *file = json_path != nullptr ? std::fopen(json_path, "w") : nullptr;
-  if (json_path != nullptr && file == nullptr) {
-    std::fprintf(stderr, "%s cannot be written\n", json_path);
-    return 1;
-  }
-  if (file != nullptr) {
-    std::fprintf(file,
-                 "{\"device\": \"%s\", \"library\": %u, \"plain_read_gigabytes_per_second\": %.1f,\n \"results\": [\n",
-                 device.name, tq_version(), double(bench.elems) * 2 / read * 1e-9);
-    for (size_t i = 0; i < rows.size(); ++i)
-      std::fprintf(file, "  %s%s\n", rows[i].c_str(), i + 1 < rows.size() ? "," : "");
-    std::fprintf(file, "]}\n");
-    std::fclose(file);
-  }
-  return 0;
+void measure_codec(const CodecOptions &options, const CodecSink &sink) {
+  int32_t devices = 0;
+  const char *reason = "";
+  expect(tq_device_count(TQ_DEVICE_CUDA, &devices, &reason));
+  if (devices == 0) throw std::runtime_error(reason);
+  Bench(options, sink).run();
 }
+
+}  // namespace tqkv_bench

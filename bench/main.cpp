@@ -1,18 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // tqkv-bench: the hot path on all cores, per SIMD target. Filter with --benchmark_filter=attention/k4v4.
+// tqkv-bench codec: the codec on a CUDA device.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
+#include <cstdio>
 #include <string_view>
 
 #include "bench.hpp"
 #include "codec_bench.hpp"
 
 int main(int argc, char **argv) {
-#ifdef TQKV_HAVE_CUDA
   if (argc > 1 && std::string_view(argv[1]) == "codec") {
-    return tqkv_bench::run_codec(argc > 2 ? argv[2] : nullptr, false);
-  }
+#ifdef TQKV_HAVE_CUDA
+    return tqkv_bench::run_codec(argc - 1, argv + 1);
+#else
+    std::fprintf(stderr,
+                 "tqkv-bench: codec measures CUDA kernels, and this build has none; configure with TQKV_CUDA=ON\n");
+    return 1;
 #endif
+  }
+  if (std::any_of(argv + 1, argv + argc, [](const char *arg) { return std::string_view(arg) == "--help"; })) {
+    std::printf("tqkv-bench codec [--help] ...\n          measures the codec on a CUDA device; without it:\n");
+    std::fflush(stdout);
+  }
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   tq_build build{};
