@@ -10,7 +10,7 @@
 namespace tqkv::cuda {
 
 constexpr int decode_warps(int head_dim) {
-  return head_dim == 256 ? 16 : 8;
+  return head_dim == 256 ? 12 : 8;
 }
 constexpr int decode_blocks(int head_dim) {  // a multiprocessor
   return head_dim == 256 ? 1 : 2;
@@ -200,13 +200,14 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int2 begin = *reinterpret_cast<const int2 *>(halves + channel + 2 * i);
-        const int32_t begins[4] = {begin.x, begin.y, begin.x, begin.y};
-        uint32_t b[kSteps][2];
-        load_rotation<kSteps>(matrix, 4 * t + i, b);
-        int32_t sum[4];
-        mma_m16n8k32<int8_t, int8_t>(sum, a[0], b[0], begins);
+        int32_t sum[4] = {begin.x, begin.y, begin.x, begin.y};
 #pragma unroll
-        for (int s = 1; s < kSteps; ++s) mma_m16n8k32<int8_t, int8_t>(sum, a[s], b[s], sum);
+        for (int s = 0; s < kSteps; s += kRotationRun<kSteps>) {
+          uint32_t b[kRotationRun<kSteps>][2];
+          load_rotation<kSteps>(matrix, 4 * t + i, s, b);
+#pragma unroll
+          for (int k = 0; k < kRotationRun<kSteps>; ++k) mma_m16n8k32<int8_t, int8_t>(sum, a[s + k], b[k], sum);
+        }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {  // sums began with the bits of kRoundingBias
           x[j / 2][2 * i + j % 2] = __fmaf_rn(__int_as_float(sum[j]) - kRoundingBias, gain[j / 2], 0.0f);

@@ -10,8 +10,10 @@
 
 namespace tqkv::cuda {
 
-// One block a multiprocessor, so that the matrix and the table are there once: 128 registers a thread.
-inline constexpr int kEncodeWarps = 16;
+// One block a multiprocessor, so that the matrix and the table are there once: 128 registers a thread, or 255.
+constexpr int encode_warps(int head_dim) {
+  return head_dim == 256 ? 8 : 16;
+}
 
 // The table has a row of 32 equal entries for each 2^7 units of Y, from -2^7 * `side` on.
 inline constexpr int kCellShift = 7;
@@ -23,12 +25,14 @@ struct EncodeShape {
   static constexpr int kStride = kWords + 4;  // words of a row in `nibbles`: rows of lanes in different banks
   struct Warp {
     uint32_t nibbles[kRows * kStride];  // codes of 8 channels a word; at 4 bits as they are stored
-    uint64_t plane0[kRows], plane1[kRows];
-    float norm[kRows];
+    // Where each row goes: its planes, or V's in its tile, and its scale.
+    uint64_t plane0[kRows], plane1[kRows], scale[kRows];
     int64_t dot[kRows];
+    float norm[kRows];
     uint32_t uu[kRows];
+    int32_t exponent[kRows];
   };
-  static constexpr int kWarpBytes = kEncodeWarps * int(sizeof(Warp)), kMatrixBytes = kHeadDim * kHeadDim;
+  static constexpr int kWarpBytes = encode_warps(kHeadDim) * int(sizeof(Warp)), kMatrixBytes = kHeadDim * kHeadDim;
   // The table begins at a multiple of 2^16, so that an entry's address is bits in different places. The matrix is before
   // or behind it; a launch's memory begins within the first 2 KB.
   static constexpr bool kMatrixFirst = kWarpBytes + kMatrixBytes + 2048 <= kTableAlign;
@@ -70,13 +74,6 @@ __device__ __forceinline__ uint32_t gather_codes(const uint32_t (&entry)[8], boo
   const uint32_t signs = (a << 4 & 0x80808080) | (b & 0x08080808);
   return (word & 0x77777777) | signs;
 }
-
-// What one of a warp's rows is, in one lane of the first 16; the others repeat them.
-struct EncodeRow {
-  uint8_t *plane0 = nullptr, *plane1 = nullptr, *scale = nullptr;
-  int64_t slot = -1, exact_slot = -1;
-  bool coded = false;
-};
 
 // Word `index` of a plane from the codes of 8 channels a word.
 template <int kBits>
@@ -326,16 +323,21 @@ __device__ __forceinline__ void choose_codes(const uint32_t (&low)[kHeadDim / 32
     int32_t y[4][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t b[kSteps][2];
-      load_rotation<kSteps>(matrix, 4 * t + i, b);
-      const int32_t zeros[4] = {};
-      mma_m16n8k32<int8_t, int8_t>(y[i], high[0], b[0], zeros);
+      int32_t upper[4] = {};
 #pragma unroll
-      for (int s = 1; s < kSteps; ++s) mma_m16n8k32<int8_t, int8_t>(y[i], high[s], b[s], y[i]);
+      for (int j = 0; j < 4; ++j) y[i][j] = bias;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) y[i][j] = y[i][j] * 256 + bias;
+      for (int s = 0; s < kSteps; s += kRotationRun<kSteps>) {
+        uint32_t b[kRotationRun<kSteps>][2];
+        load_rotation<kSteps>(matrix, 4 * t + i, s, b);
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) mma_m16n8k32<uint8_t, int8_t>(y[i], low[s], b[s], y[i]);
+        for (int k = 0; k < kRotationRun<kSteps>; ++k) {
+          mma_m16n8k32<int8_t, int8_t>(upper, high[s + k], b[k], upper);
+          mma_m16n8k32<uint8_t, int8_t>(y[i], low[s + k], b[k], y[i]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) y[i][j] = upper[j] * 256 + y[i][j];
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -386,43 +388,52 @@ __device__ void encode_rows(const VectorCall &call, const VectorSide &v, const u
   const int plane1_bytes = side.bits == 1 || side.bits == 3 ? kHeadDim / 8 : 0;
   const int plane0_bytes = record_bytes(kHeadDim, side.bits) - plane1_bytes;
   const uint32_t heads = uint32_t(call.heads), items = uint32_t((call.tokens + kRows - 1) / kRows) * heads;
-  for (uint32_t item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items; item += gridDim.x * kEncodeWarps) {
+  for (uint32_t item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items;
+       item += gridDim.x * encode_warps(kHeadDim)) {
     // Heads first: neighbours read whole tokens.
     const int head = int(item % heads);
     const int64_t first = int64_t{item / heads} * kRows;
     const int64_t own_token = first + lane_index() % kRows;
-    EncodeRow own;
-    int own_row = 0;
+    int64_t slot = -1, exact_slot = -1;
+    uint8_t *plane0 = nullptr, *plane1 = nullptr, *scale_at = nullptr;
     if (own_token < call.tokens) {
       if (!tiles) {
-        own.coded = true;
-        own.plane0 = v.flat.codes + own_token * v.flat.codes_stride;
-        own.scale = v.flat.scales + own_token * v.flat.scales_stride;
+        slot = own_token;
+        plane0 = v.flat.codes + own_token * v.flat.codes_stride;
+        plane1 = plane0 + plane0_bytes;
+        scale_at = v.flat.scales + own_token * v.flat.scales_stride;
       } else {
         const Slots slots = read_slots(call, v, own_token);
-        if (slots.bad) {
-          if (lane_index() < kRows && head == 0 && v.counts_slots) {
-            count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + own_token);
-          }
-        } else {
-          own.slot = slots.coded;
-          own.exact_slot = slots.exact;
+        if (!slots.bad) {
+          slot = slots.coded;
+          exact_slot = slots.exact;
+        } else if (lane_index() < kRows && head == 0 && v.counts_slots) {
+          count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + own_token);
         }
-        own.coded = own.slot != -1;
-        if (own.coded) {
-          uint8_t *tile = tile_at(v.tiles, own.slot, head);
-          own_row = int(own.slot) % kTileTokens;
-          own.plane0 = tile + v.tiles.codes_offset + (side.is_v ? 0 : own_row * plane0_bytes);
-          own.plane1 =
-              tile + v.tiles.codes_offset + kTileTokens * plane0_bytes + (side.is_v ? 0 : own_row * plane1_bytes);
-          own.scale = tile + v.tiles.scales_offset + own_row * scale_bytes(side);
+        if (slot != -1) {
+          uint8_t *tile = tile_at(v.tiles, slot, head);
+          const int row = int(slot) % kTileTokens;
+          plane0 = tile + v.tiles.codes_offset + (side.is_v ? 0 : row * plane0_bytes);
+          plane1 = tile + v.tiles.codes_offset + kTileTokens * plane0_bytes + (side.is_v ? 0 : row * plane1_bytes);
+          scale_at = tile + v.tiles.scales_offset + row * scale_bytes(side);
         }
       }
     }
-    if (!tiles) own.plane1 = own.plane0 + plane0_bytes;
-    const uint32_t coded = __ballot_sync(kAll, own.coded) & 0xffff;
-    const uint32_t exact = __ballot_sync(kAll, own.exact_slot != -1) & 0xffff;
-    int outcome = exact == 0 ? kFine : store_exact(v, exact, own.exact_slot, first, head);
+    if (lane_index() < kRows) {
+      warp.plane0[lane_index()] = uint64_t(plane0);
+      warp.plane1[lane_index()] = uint64_t(plane1);
+      warp.scale[lane_index()] = uint64_t(scale_at);
+    }
+    const int own_row = int(slot & (kTileTokens - 1));
+    // Groups of four rows that are one of a tile.
+    const int64_t group = slot - lane_index() % 4, first_group = __shfl_sync(kAll, group, lane_index() & ~3);
+    uint32_t quads = __ballot_sync(kAll, slot != -1 && (group & 3) == 0 && group == first_group);
+    quads &= quads >> 1;
+    quads &= quads >> 2;
+    quads &= 0x1111;
+    const uint32_t coded = __ballot_sync(kAll, slot != -1) & 0xffff;
+    const uint32_t exact = __ballot_sync(kAll, exact_slot != -1) & 0xffff;
+    int outcome = exact == 0 ? kFine : store_exact(v, exact, exact_slot, first, head);
     if (coded == 0) {
       if (lane_index() < kRows) count_outcome(call.faults, outcome, call.first_token + own_token);
       continue;
@@ -490,44 +501,30 @@ __device__ void encode_rows(const VectorCall &call, const VectorSide &v, const u
         warp.norm[row] = norm[r];
         warp.uu[row] = total;
         warp.dot[row] = total_dot;
-        if (input.scaled) warp.plane0[row] = uint64_t(input.exponent[r]);  // on its way to the row's lane
+        warp.exponent[row] = input.exponent[r];
       }
     }
     __syncwarp();
-    int exponent = 0;
-    if (input.scaled) {
-      exponent = int(int64_t(warp.plane0[lane_index() % kRows]));
-      // What is stored of zeros and of what is not finite: all codes zero.
-      for (int row = 0; row < kRows; ++row) {
-        if ((zero >> row & 1) == 0) continue;
-        for (int i = lane_index(); i < kHeadDim / 8; i += 32)
-          warp.nibbles[row * EncodeShape<kHeadDim>::kStride + i] = 0;
-      }
-      __syncwarp();
+    // What is stored of zeros and of what is not finite: all codes zero.
+    for (int row = 0; zero != 0 && row < kRows; ++row) {
+      if ((zero >> row & 1) == 0) continue;
+      for (int i = lane_index(); i < kHeadDim / 8; i += 32) warp.nibbles[row * EncodeShape<kHeadDim>::kStride + i] = 0;
     }
+    __syncwarp();
     if (lane_index() < kRows) {
-      warp.plane0[lane_index()] = uint64_t(own.plane0);
-      warp.plane1[lane_index()] = uint64_t(own.plane1);
-      if (own.coded) {
-        const int row = lane_index();
+      const int row = lane_index();
+      if ((coded >> row & 1) != 0) {
         float value = choose_scale(side.scale_rule, warp.norm[row], warp.dot[row], int(warp.uu[row]), side.scale_gain);
-        if (exponent != 0) value = times_power_of_two(value, exponent);
+        if (warp.exponent[row] != 0) value = times_power_of_two(value, warp.exponent[row]);
         if ((zero >> row & 1) != 0) value = 0;
-        const int stored = store_scale(value, side.scale_type, own.scale);
+        const int stored = store_scale(value, side.scale_type, reinterpret_cast<uint8_t *>(warp.scale[row]));
         const int became = (not_finite >> row & 1) != 0 ? int(kNonFinite) : stored;
         if (became != kFine) outcome = became;
       }
       count_outcome(call.faults, outcome, call.first_token + own_token);
     }
-    __syncwarp();
 
     if (tiles && side.is_v) {
-      const int64_t group = own.slot - lane_index() % 4, first_group = __shfl_sync(kAll, group, lane_index() & ~3);
-      const bool fits = own.coded && (group & 3) == 0 && group == first_group;
-      uint32_t quads = __ballot_sync(kAll, fits);
-      quads &= quads >> 1;
-      quads &= quads >> 2;
-      quads &= 0x1111;
       if (side.bits == 4) write_v_rows<kHeadDim, 4>(warp, coded, quads, own_row);
       if (side.bits == 3) write_v_rows<kHeadDim, 3>(warp, coded, quads, own_row);
       if (side.bits == 2) write_v_rows<kHeadDim, 2>(warp, coded, quads, own_row);
@@ -544,7 +541,8 @@ __device__ void encode_rows(const VectorCall &call, const VectorSide &v, const u
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(32 * kEncodeWarps, 1) encode_kernel(const __grid_constant__ VectorCall call) {
+__global__ void __launch_bounds__(32 * encode_warps(kHeadDim), 1)
+    encode_kernel(const __grid_constant__ VectorCall call) {
   using Shape = EncodeShape<kHeadDim>;
   const VectorSide &v = call.side[blockIdx.y];
   auto *memory = static_cast<uint8_t *>(dynamic_shared());
@@ -587,7 +585,7 @@ int launch_encode_fast(const VectorCall &call, const DeviceLimits &limits, void 
   const int64_t items = (call.tokens + kRows - 1) / kRows * call.heads;
   const int64_t resident = limits.multiprocessors / call.num_sides;
   return launch(encode_kernel<kHeadDim>, dim3(unsigned(items < resident ? items : resident), unsigned(call.num_sides)),
-                32 * kEncodeWarps, EncodeShape<kHeadDim>::bytes(256 * half), stream, call);
+                32 * encode_warps(kHeadDim), EncodeShape<kHeadDim>::bytes(256 * half), stream, call);
 }
 
 }  // namespace tqkv::cuda

@@ -67,22 +67,19 @@ __device__ inline void fill_rotation(const SideParams &side, uint32_t *matrix) {
   }
 }
 
-// Operands of all steps of one tile.
+// Operands of a tile: of `step` and, where their number is even, the next, which a lane reads at a time.
 template <int kSteps>
-__device__ __forceinline__ void load_rotation(const uint32_t *matrix, int tile, uint32_t (&b)[kSteps][2]) {
-  const uint32_t *from = matrix + tile * kSteps * 64;
+inline constexpr int kRotationRun = kSteps % 2 == 0 ? 2 : 1;
+template <int kSteps>
+__device__ __forceinline__ void load_rotation(const uint32_t *matrix, int tile, int step,
+                                              uint32_t (&b)[kRotationRun<kSteps>][2]) {
+  const uint32_t *from = matrix + (tile * kSteps + step) * 64;
   if constexpr (kSteps % 2 == 0) {
-#pragma unroll
-    for (int s = 0; s < kSteps; s += 2) {
-      const uint4 v = reinterpret_cast<const uint4 *>(from)[s * 16 + lane_index()];
-      b[s][0] = v.x, b[s][1] = v.y, b[s + 1][0] = v.z, b[s + 1][1] = v.w;
-    }
+    const uint4 v = reinterpret_cast<const uint4 *>(from)[lane_index()];
+    b[0][0] = v.x, b[0][1] = v.y, b[1][0] = v.z, b[1][1] = v.w;
   } else {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const uint2 v = reinterpret_cast<const uint2 *>(from)[s * 32 + lane_index()];
-      b[s][0] = v.x, b[s][1] = v.y;
-    }
+    const uint2 v = reinterpret_cast<const uint2 *>(from)[lane_index()];
+    b[0][0] = v.x, b[0][1] = v.y;
   }
 }
 
