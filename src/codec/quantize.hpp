@@ -40,10 +40,11 @@ TQKV_HOST_DEVICE float squared_norm(const float *x, int head_dim) {
   return cells[0];
 }
 
-// The integer nearest to x * gain, for results below 2^22: it is what the sum's last bits hold.
+// The integer nearest to x * gain, ties to even, below 2^22: adding kRoundingBias by a fused multiply-add leaves it in the
+// sum's last bits. In doubles the product is exact.
 inline constexpr float kRoundingBias = 0x1.8p23f;
-TQKV_HOST_DEVICE int to_integer(float x, float gain) {
-  return int(std::fma(x, gain, kRoundingBias) - kRoundingBias);
+inline int to_integer(float x, float gain) {
+  return int((double(x) * double(gain) + 0x1.8p52) - 0x1.8p52);
 }
 
 // The code of Y_c as record.hpp defines it: its level's index is the number of thresholds not above Y_c, of which 0 is
