@@ -36,7 +36,7 @@ const std::vector<Target> &targets() {
       found.resize(1);
       for (const bool captured : {false, true}) {
         Device *cuda = cuda_device(captured);
-        if (cuda == nullptr) throw std::runtime_error("TQKV_TEST_DEVICE is cuda, but there is no CUDA device");
+        if (cuda == nullptr) throw std::runtime_error("tqkv test skipped: there is no CUDA device");
         found.push_back({cuda, 0, captured ? "cuda, captured" : "cuda"});
       }
     }
