@@ -1516,9 +1516,10 @@ void Engine::compare(const AttentionCall &call, const AttentionRun &run, const T
         good = std::all_of(got, got + dv, [](double value) { return value == 0; }) &&
                (!run.has_lse || double(got_lse) == want_lse);
       } else {
-        good = std::sqrt(error) <= (tolerance + rounding) * std::sqrt(square) + smallest;
-        // Its error is that of a logit, whose f32 sums are relative to its magnitude.
+        // An error of a logit, whose f32 sums are relative to its magnitude, bias included, is a relative one of a weight.
         const double magnitude = 1 + truth.logit[index] + std::fabs(want_lse);
+        const double allowed = tolerance + 8 * 0x1p-24 * std::max(0.0, magnitude - 16);
+        good = std::sqrt(error) <= (allowed + rounding) * std::sqrt(square) + smallest;
         good = good && (!run.has_lse || std::fabs(double(got_lse) - want_lse) <= tolerance * magnitude);
       }
       if (good) continue;
