@@ -346,6 +346,13 @@ void fill_sizes(const AttentionCall &call, tq_attention_args *args) {
 
 }  // namespace
 
+// Of an array that the call has, however short: never null.
+template <class T>
+static const T *pointer_to(const std::vector<T> &values) {
+  static const T none{};
+  return values.empty() ? &none : values.data();
+}
+
 tq_attention_args AttentionCall::host_args(tq_pages *pages, tq_pages *exact_pages) const {
   tq_attention_args host = args;
   fill_sizes(*this, &host);
@@ -357,13 +364,13 @@ tq_attention_args AttentionCall::host_args(tq_pages *pages, tq_pages *exact_page
   host.cu_seqlens_q = pointer_or_null(cu_seqlens);
   host.q_positions = pointer_or_null(q_positions);
   host.pages = pages;
-  host.block_table = block_indptr.empty() ? block_table.data() : nullptr;
+  host.block_table = block_indptr.empty() ? pointer_to(block_table) : nullptr;
   host.block_indptr = pointer_or_null(block_indptr);
-  host.block_indices = block_indptr.empty() ? nullptr : block_indices.data();
+  host.block_indices = block_indptr.empty() ? nullptr : pointer_to(block_indices);
   host.lengths = lengths.data();
   host.starts = pointer_or_null(starts);
   host.exact_pages = exact_pool ? exact_pages : nullptr;
-  host.exact_table = exact_pool ? exact_table.data() : nullptr;
+  host.exact_table = exact_pool ? pointer_to(exact_table) : nullptr;
   host.sinks = pointer_or_null(sinks);
   host.alibi_slopes = pointer_or_null(alibi_slopes);
   host.key_offset = pointer_or_null(key_offset);
