@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode and load of one head_dim after one Hadamard round: int8 grid values times a matrix of +-1, exact in integers. At
-// head_dim 128, 4 bits and bf16 a vector moves 66 + 256 bytes; an H200 has about 22 issue slots an element in that time.
+// Decode and load of one head_dim after one Hadamard round or none: int8 grid values times +-1, exact in integers. At
+// head_dim 128, 4 bits and bf16 a vector moves 66 + 256 bytes; an H200 has about 19 issue slots an element in that time.
 #pragma once
+
+#include <bit>
 
 #include "kernels/device/launch.cuh"
 #include "kernels/device/rows.cuh"
@@ -9,42 +11,35 @@
 
 namespace tqkv::cuda {
 
-constexpr int decode_warps(int head_dim) {
-  return head_dim == 256 ? 12 : 8;
-}
-constexpr int decode_blocks(int head_dim) {  // a multiprocessor
-  return head_dim == 256 ? 1 : 2;
+constexpr int kDecodeWarps = 4;          // a block
+constexpr int decode_blocks(bool any) {  // a multiprocessor
+  return any ? 3 : 4;
 }
 
-// The codes of a lane: words of its run in rows g and g + 8.
+// The codes of a lane: of the chunks of 8 channels 4 s + q in row g or g + 8.
 template <int kHeadDim, int kBits>
 struct RowCodes {
-  static constexpr int kSteps = kHeadDim / 32;  // chunks of 8 channels a lane has of a row
+  static constexpr int kSteps = kHeadDim / 32;
   static constexpr int kPlaneBits = kBits == 3 ? 2 : kBits == 1 ? 0 : kBits;
   static constexpr bool kOnes = kBits == 3 || kBits == 1;
   static constexpr int kPlane0 = kHeadDim * kPlaneBits / 8, kPlane1 = kHeadDim / 8;
-  // Words that hold the 8 kSteps channels from 8 kSteps q on, and where the first begins.
-  static constexpr int kWords = kPlaneBits == 2 ? (kSteps + 1) / 2 : kSteps * kPlaneBits / 4;
-  static constexpr int kOnesWords = kSteps % 4 == 0 ? kSteps / 4 : kSteps == 2 ? 1 : 2;
-  __device__ static int first_word() { return kPlaneBits == 2 ? kSteps * lane_part() / 2 : kWords * lane_part(); }
-  __device__ static int first_ones() { return kSteps * lane_part() / 4; }
-  uint32_t word[kWords > 0 ? kWords : 1], ones[kOnes ? kOnesWords : 1];
+  static constexpr int kChunkWords = kPlaneBits == 8 ? 2 : kPlaneBits == 0 ? 0 : 1;  // the word that a chunk is in
+  uint32_t word[kChunkWords > 0 ? kSteps *kChunkWords : 1], ones[kOnes ? kSteps : 1];
 
-  // Whether the lane has word i of its run in the 1-bit plane.
-  __device__ static bool has_ones(int i) { return i == 0 || first_ones() + i < kPlane1 / 4; }
-
-  // Of a token's own bytes; `wide`: those are aligned to 16.
-  __device__ void load_record(const uint8_t *plane0, const uint8_t *plane1, bool wide) {
-    load_words<kWords>(plane0 + 4 * first_word(), wide && kHeadDim % 128 == 0, word);
-    if constexpr (kOnes) {
-#pragma unroll
-      for (int i = 0; i < kOnesWords; ++i) {
-        ones[i] = 0;
-        if (has_ones(i)) load_words<1>(plane1 + 4 * (first_ones() + i), false, ones + i);
-      }
-    }
+  // Of the word that chunk 4 s + q is in, or the first of its two.
+  __device__ static int word_index(int s) {
+    return kPlaneBits == 2 ? 2 * s + lane_part() / 2 : (4 * s + lane_part()) * kChunkWords;
   }
 
+  // Of a token's own bytes.
+  __device__ void load_record(const uint8_t *plane0, const uint8_t *plane1) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int i = 0; i < kChunkWords; ++i) word[kChunkWords * s + i] = load_word(plane0, word_index(s) + i);
+      if constexpr (kOnes) ones[s] = load_word(plane1, s);
+    }
+  }
   // Of V, where bytes of four tokens are interleaved.
   __device__ void load_v(const uint8_t *plane0, const uint8_t *plane1, int row) {
     const auto read = [&](const uint8_t *plane, int index) {
@@ -53,14 +48,14 @@ struct RowCodes {
       return __byte_perm(__byte_perm(v.x, v.y, pick), __byte_perm(v.z, v.w, pick), 0x5410);
     };
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) word[i] = read(plane0, first_word() + i);
-    if constexpr (kOnes) {
+    for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
-      for (int i = 0; i < kOnesWords; ++i) ones[i] = has_ones(i) ? read(plane1, first_ones() + i) : 0;
+      for (int i = 0; i < kChunkWords; ++i) word[kChunkWords * s + i] = read(plane0, word_index(s) + i);
+      if constexpr (kOnes) ones[s] = read(plane1, s);
     }
   }
 
-  // Grid values of chunk t as signed bytes. `table`: those of magnitudes at 4 bits, of ascending indices below.
+  // Grid values of chunk 4 t + q as signed bytes. `table`: those of magnitudes at 4 bits, of ascending indices below.
   __device__ __forceinline__ void grid(int t, uint2 table, uint32_t &low, uint32_t &high) const {
     if constexpr (kBits == 8) {
       low = word[2 * t];
@@ -71,30 +66,19 @@ struct RowCodes {
       high = __byte_perm(table.x, table.y, index >> 16) ^ sign_masks(word[t] << 4);
     } else {
       uint32_t index = 0;
-      if constexpr (kPlaneBits == 2) index = field(word, t, kSteps * lane_part() % 2, 2) & 0x33333333;
-      if constexpr (kOnes) index |= (ones_field(t) & 0x11111111) << (kBits == 3 ? 2 : 0);
+      if constexpr (kPlaneBits == 2) index = word[t] >> (2 * (lane_part() & 1)) & 0x33333333;
+      if constexpr (kOnes) {
+        constexpr uint32_t kAt = 0x0312;  // nibbles: {2, 1, 3, 0}
+        index |= (ones[t] >> (kAt >> (4 * lane_part()) & 3) & 0x11111111) << (kBits == 3 ? 2 : 0);
+      }
       low = __byte_perm(table.x, table.y, index & 0xffff);
       high = __byte_perm(table.x, table.y, index >> 16);
     }
   }
 
  private:
-  // The chunk that is the (skipped + t)th of two in a word. Which words these are is known to the compiler where
-  // kSteps is even, when `skipped` is 0.
-  template <int kCount>
-  __device__ static uint32_t field(const uint32_t (&words)[kCount], int t, int skipped, int bits) {
-    if constexpr (kSteps % 2 == 0) return words[t / 2] >> (t % 2 * bits);
-    const uint32_t even = words[t / 2] >> (t % 2 * bits), odd = words[(t + 1) / 2] >> ((t + 1) % 2 * bits);
-    return skipped == 0 ? even : odd;
-  }
-  __device__ uint32_t ones_field(int t) const {
-    constexpr uint32_t kAt = 0x0312;  // nibbles: {2, 1, 3, 0}
-    const int chunk = kSteps * lane_part() % 4 + t;
-    if constexpr (kSteps % 4 == 0) return ones[t / 4] >> (kAt >> (4 * (t % 4)) & 3);
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < kOnesWords; ++i) bits = chunk / 4 == i ? ones[i] : bits;
-    return bits >> (kAt >> (4 * (chunk % 4)) & 3);
+  __device__ static uint32_t load_word(const uint8_t *plane, int index) {
+    return __ldg(reinterpret_cast<const uint32_t *>(plane) + index);
   }
 };
 
@@ -102,8 +86,8 @@ struct RowCodes {
 struct DecodeRow {
   const uint8_t *plane0 = nullptr, *plane1 = nullptr;  // of the record, or of V's tile
   int64_t exact_slot = -1;
-  float scale = 0;
-  int row = 0;  // in the tile
+  uint32_t scale = 0;  // as stored
+  int row = 0;         // in the tile
   bool coded = false, bad = false;
 };
 
@@ -121,114 +105,205 @@ static __device__ __noinline__ void load_exact(const VectorSide &v, uint32_t row
   }
 }
 
-template <int kHeadDim, int kBits>
-__device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 table, const uint32_t *matrix) {
-  using Codes = RowCodes<kHeadDim, kBits>;
-  constexpr int kSteps = Codes::kSteps;
-  const SideParams &side = v.side;
-  const uint32_t heads = uint32_t(call.heads), items = uint32_t((call.tokens + kRows - 1) / kRows) * heads;
-  for (uint32_t item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items; item += gridDim.x * (blockDim.x / 32)) {
-    // Heads first: neighbours read whole tokens.
-    const int head = int(item % heads);
-    const int64_t first = int64_t{item / heads} * kRows;
-    DecodeRow own;
-    const int64_t own_token = first + lane_index() % kRows;
-    if (own_token < call.tokens) {
-      if (call.slots == nullptr) {
-        own.coded = true;
-        own.plane0 = v.flat.codes + own_token * v.flat.codes_stride;
-        own.plane1 = own.plane0 + Codes::kPlane0;
-        own.scale = load_scale(side.scale_type, v.flat.scales + own_token * v.flat.scales_stride);
-      } else {
-        const Slots slots = read_load_slots(call, v, own_token);
-        own.bad = slots.bad;
-        if (own.bad && lane_index() < kRows && head == 0 && v.counts_slots) {
-          count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + own_token);
-        }
-        own.coded = !own.bad && slots.coded != -1;
-        if (!own.bad) own.exact_slot = slots.exact;
-        if (own.coded) {
-          const uint8_t *tile = tile_at(v.tiles, slots.coded, head);
-          own.row = int(slots.coded) % kTileTokens;
-          own.plane0 = tile + v.tiles.codes_offset;
-          own.plane1 = own.plane0 + kTileTokens * Codes::kPlane0;
-          if (!side.is_v) {
-            own.plane0 += own.row * Codes::kPlane0;
-            own.plane1 += own.row * Codes::kPlane1;
+// The rotation back of chunk t's outputs: sums of +-grid, from `begin` on; of tile i, channels 2 i, 2 i + 1.
+template <int kHeadDim>
+__device__ __forceinline__ void rotate_back(const uint32_t (&a)[kHeadDim / 32][4], const uint4 *operands, int t,
+                                            int begin, int32_t (&sum)[4][4]) {
+  constexpr int kSteps = kHeadDim / 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[i][j] = __float_as_int(kRoundingBias);
+  }
+  // Levels are 2 grid + 1: half the sum of the +-1 of a column comes first. There is one only where all 8 channels of a
+  // chunk have the same sign.
+  sum[0][0] = begin;
+  sum[0][2] = begin;
+  const auto multiply = [&](int s, const uint4 &first, const uint4 &second) {
+    const uint32_t b[4][2] = {{first.x, first.y}, {first.z, first.w}, {second.x, second.y}, {second.z, second.w}};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) mma_m16n8k32<int8_t, int8_t>(sum[i], a[s], b[i], sum[i]);
+  };
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    if constexpr (is_power_of_two(kHeadDim)) {
+      const int negative = std::popcount(unsigned(s & t)) % 2;
+      multiply(s, operands[2 * negative], operands[2 * negative + 1]);
+    } else {
+      const uint4 *at = operands + (kSteps * t + s) * 64 + lane_index();
+      multiply(s, at[0], at[32]);
+    }
+  }
+}
+
+// Where the warp's rows go.
+template <int kHeadDim>
+struct Output {
+  static constexpr int kSteps = kHeadDim / 32;
+  const VectorSide &v;
+  const uint4 *operands;
+  const int32_t *begins;
+  const uint4 *signs;
+  int64_t at, next;  // the lane's first chunk in row g, and from there to row g + 8
+  uint32_t coded;
+  int head;
+
+  // Grid values `a`, whose levels are 2 grid + 1, times gains. `kType`: 0 for everything, else rows of this 16-bit type,
+  // rotated, without offset, whose gains are not too large for a bias: 3 * 2^22 times them is exact where it is finite.
+  template <int kType>
+  __device__ __forceinline__ void write(const uint32_t (&a)[kSteps][4], const float (&gain)[2]) const {
+    const float twice[2] = {2 * gain[0], 2 * gain[1]};
+    const float bias[2] = {-kRoundingBias * twice[0], -kRoundingBias * twice[1]};
+    uint4 kept[4];
+    if constexpr (is_power_of_two(kHeadDim)) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) kept[i] = operands[32 * i + lane_index()];
+    }
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      int32_t sum[4][4];
+      rotate_back<kHeadDim>(a, is_power_of_two(kHeadDim) ? kept : operands, t, begins[4 * t + lane_part()], sum);
+      const uint4 flips = signs[4 * t + lane_part()];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float biased = __int_as_float(sum[i / 2][2 * r + i % 2]);  // the bits of kRoundingBias + sum
+          if constexpr (kType != 0) {
+            x[i] = __fmaf_rn(biased, twice[r], bias[r]);
+          } else {
+            const int grid = int8_t(a[t][r + i / 4 * 2] >> (8 * (i % 4)));
+            x[i] = v.side.rounds == 1 ? __fmaf_rn(biased - kRoundingBias, twice[r], 0.0f)
+                                      : __fmaf_rn(float(2 * grid + 1), gain[r], 0.0f);
           }
-          own.scale = load_scale(side.scale_type, tile + v.tiles.scales_offset + own.row * scale_bytes(side));
+        }
+        if ((coded >> (lane_row() + 8 * r) & 1) == 0) continue;
+        if constexpr (kType != 0) {
+          store_chunk(v.rows, kType, at + r * next + 32 * t, x, flips);
+        } else {
+          const float *offset = v.offset == nullptr ? nullptr : v.offset + head * kHeadDim + 8 * (4 * t + lane_part());
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            x[i] = flipped(x[i], i, flips);
+            if (offset != nullptr) x[i] = x[i] + offset[i];
+          }
+          store_chunk(v.rows, v.rows.type, at + r * next + 32 * t, x, make_uint4(0, 0, 0, 0));
         }
       }
     }
+  }
+};
+
+template <int kHeadDim, int kBits, bool kAny>
+__device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 table, const uint4 *operands,
+                            const int32_t *begins, const uint4 *signs) {
+  using Codes = RowCodes<kHeadDim, kBits>;
+  constexpr int kSteps = Codes::kSteps;
+  const SideParams &side = v.side;
+  // Three items at a time are under way: the slots of one are read, the codes of the next are brought into the L2 cache,
+  // and those of the third are decoded.
+  ItemStep step(call, kDecodeWarps);
+  int64_t coded_slot = -1, exact_slot = -1;  // of the lane's token, unchecked
+  const auto read_slots = [&] {
+    const int64_t token = min(int64_t{step.group} * kRows + lane_index() % kRows, call.tokens - 1);
+    if (call.slots != nullptr) coded_slot = call.slots[token];
+    if (call.exact_slots != nullptr) exact_slot = call.exact_slots[token];
+  };
+  const auto find = [&] {
+    DecodeRow own;
+    const int64_t own_token = int64_t{step.group} * kRows + lane_index() % kRows;
+    const int head = int(step.head);
+    if (!step.left() || own_token >= call.tokens) return own;
+    if (call.slots == nullptr) {
+      own.coded = true;
+      own.plane0 = v.flat.codes + own_token * v.flat.codes_stride;
+      own.plane1 = own.plane0 + Codes::kPlane0;
+      own.scale = load_scale_bits(side.scale_type, v.flat.scales + own_token * v.flat.scales_stride);
+    } else {
+      const Slots slots = check_load_slots(v, coded_slot, exact_slot);
+      own.bad = slots.bad;
+      if (own.bad && lane_index() < kRows && head == 0 && v.counts_slots) {
+        count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + own_token);
+      }
+      own.coded = !own.bad && slots.coded != -1;
+      if (!own.bad) own.exact_slot = slots.exact;
+      if (own.coded) {
+        const uint8_t *tile = tile_at(v.tiles, slots.coded, head);
+        own.row = int(slots.coded) % kTileTokens;
+        own.plane0 = tile + v.tiles.codes_offset;
+        own.plane1 = own.plane0 + kTileTokens * Codes::kPlane0;
+        if (!side.is_v) {
+          own.plane0 += own.row * Codes::kPlane0;
+          own.plane1 += own.row * Codes::kPlane1;
+        }
+        own.scale = load_scale_bits(side.scale_type, tile + v.tiles.scales_offset + own.row * scale_bytes(side));
+      }
+    }
+    // Of V's tile its share, so that the rows together cover it.
+    if (own.coded && lane_index() < kRows) {
+      const int share = side.is_v && call.slots != nullptr ? own.row : 0;
+      if constexpr (Codes::kPlane0 > 0) prefetch_l2(own.plane0 + share * Codes::kPlane0);
+      if constexpr (Codes::kOnes) prefetch_l2(own.plane1 + share * Codes::kPlane1);
+    }
+    return own;
+  };
+  read_slots();
+  DecodeRow next = find();
+  uint32_t next_group = step.group, next_head = step.head;
+  bool left = step.left();
+  step.advance();
+  read_slots();
+  while (left) {
+    const DecodeRow own = next;
+    const int head = int(next_head);
+    const int64_t first = int64_t{next_group} * kRows;
+    left = step.left();
+    next_group = step.group;
+    next_head = step.head;
     const uint32_t coded = __ballot_sync(kAll, own.coded), bad = __ballot_sync(kAll, own.bad);
     const uint32_t exact = __ballot_sync(kAll, own.exact_slot != -1);
-    if ((coded | bad | exact) == 0) continue;
 
-    uint32_t a[kSteps][4];
-    float gain[2];
+    Codes codes[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < 2; ++r) {  // all of them before the first is needed
       const int row = lane_row() + 8 * r;
       const auto *plane0 = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane0), row));
       const auto *plane1 = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane1), row));
       const int in_tile = __shfl_sync(kAll, own.row, row);
-      gain[r] = __shfl_sync(kAll, own.scale, row) * side.decode_gain;
-      Codes codes{};
-      if ((coded >> row & 1) != 0) {
-        if (call.slots != nullptr && side.is_v) {
-          codes.load_v(plane0, plane1, in_tile);
-        } else {
-          codes.load_record(plane0, plane1, call.slots != nullptr || v.flat.alignment == 16);
-        }
+      codes[r] = {};
+      if ((coded >> row & 1) == 0) continue;
+      if (call.slots != nullptr && side.is_v) {
+        codes[r].load_v(plane0, plane1, in_tile);
+      } else {
+        codes[r].load_record(plane0, plane1);
       }
+    }
+    next = find();
+    step.advance();
+    read_slots();
+    uint32_t a[kSteps][4];
+    float gain[2];
 #pragma unroll
-      for (int t = 0; t < kSteps; ++t) codes.grid(t, table, a[t][r], a[t][r + 2]);
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t scale = __shfl_sync(kAll, own.scale, lane_row() + 8 * r);
+      gain[r] = decode_gain(scale_from_bits(side.scale_type, scale), side.decode_gain);
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t) codes[r].grid(t, table, a[t][r], a[t][r + 2]);
     }
 
-    // Levels are 2 grid + 1: the sum of the +-1 in an output's column, halved, is where its sum begins. That is
-    // sign * head_dim for channel 0 and nothing for the others where the matrix is Sylvester's.
-    const float *offset = v.offset == nullptr ? nullptr : v.offset + head * kHeadDim;
-    const int32_t *halves = reinterpret_cast<const int32_t *>(matrix + kHeadDim * kHeadDim / 4);
     const int64_t at = (first + lane_row()) * v.rows.token_stride + head * v.rows.head_stride + 8 * lane_part();
-    const int64_t next = 8 * v.rows.token_stride;
-    const bool plain = offset == nullptr && coded == kAll;
-    gain[0] *= 2, gain[1] *= 2;
-#pragma unroll 1
-    for (int t = 0; t < kSteps; ++t) {
-      const int channel = 8 * (4 * t + lane_part());
-      float x[2][8];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int2 begin = *reinterpret_cast<const int2 *>(halves + channel + 2 * i);
-        int32_t sum[4] = {begin.x, begin.y, begin.x, begin.y};
-#pragma unroll
-        for (int s = 0; s < kSteps; s += kRotationRun<kSteps>) {
-          uint32_t b[kRotationRun<kSteps>][2];
-          load_rotation<kSteps>(matrix, 4 * t + i, s, b);
-#pragma unroll
-          for (int k = 0; k < kRotationRun<kSteps>; ++k) mma_m16n8k32<int8_t, int8_t>(sum, a[s + k], b[k], sum);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {  // sums began with the bits of kRoundingBias
-          x[j / 2][2 * i + j % 2] = __fmaf_rn(__int_as_float(sum[j]) - kRoundingBias, gain[j / 2], 0.0f);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = lane_row() + 8 * r;
-        if (!plain) {
-          if (offset != nullptr) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) x[r][i] = x[r][i] + offset[channel + i];
-          }
-          if ((bad >> row & 1) != 0) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) x[r][i] = 0;
-          }
-          if (((coded | bad) >> row & 1) == 0) continue;
-        }
-        store_chunk(v.rows, at + r * next + 32 * t, x[r]);
-      }
+    const Output<kHeadDim> output{v, operands, begins, signs, at, 8 * v.rows.token_stride, coded, head};
+    if constexpr (kAny) {
+      output.template write<0>(a, gain);
+    } else if (v.rows.type == TQ_TYPE_BF16) {
+      output.template write<TQ_TYPE_BF16>(a, gain);
+    } else {
+      output.template write<TQ_TYPE_F16>(a, gain);
+    }
+    for (uint32_t rows = bad & 0xffff; rows != 0; rows &= rows - 1) {
+      const int64_t row = (first + __ffs(int(rows)) - 1) * v.rows.token_stride + head * v.rows.head_stride;
+      for (int c = lane_index(); c < kHeadDim; c += 32) store_element(v.rows.data, v.rows.type, row + c, 0);
     }
     if (exact != 0) load_exact(v, exact & 0xffff, own.exact_slot, first, head);
   }
@@ -245,65 +320,96 @@ __device__ inline uint2 level_table(const SideParams &side) {
   return make_uint2(uint32_t(bytes), uint32_t(bytes >> 32));
 }
 
-// Where the sums of each channel begin, as the bits of kRoundingBias plus half of the column's sum.
+// Operands B of the rotation back, of signed bytes: column 2 p + b of tile i is channel 2 i + b of chunk 4 t + p, row
+// 4 q + j channel j of chunk 4 s + q, in the second word channel 4 + j. Of lane 4 (2 p + b) + q: the words of tiles 0 and
+// 1, and of tiles 2 and 3. {t = s = 0, the same negated}[2][32 lanes], or [t][s][2][32 lanes].
 template <int kHeadDim>
-__device__ void fill_halves(const SideParams &side, int32_t *halves) {
-  for (int c = int(threadIdx.x); c < kHeadDim; c += int(blockDim.x)) {
+__device__ void fill_inverse(const SideParams &side, uint4 *operands) {
+  constexpr int kSteps = kHeadDim / 32;
+  for (int index = int(threadIdx.x); index < 32 * rotation_operands<kHeadDim>; index += int(blockDim.x)) {
+    const int lane = index % 32, which = index / 32, p = lane / 8, q = lane % 4;
+    const bool negative = is_power_of_two(kHeadDim)
+                              ? is_negative<kHeadDim>(side, q, p) != (which != 0)
+                              : is_negative<kHeadDim>(side, 4 * (which % kSteps) + q, 4 * (which / kSteps) + p);
+    // Bytes of 1 or -1, by the parity of j and (b, i % 2).
+    const uint32_t minus = 0xfefefefe,
+                   even = 0x01010101 ^ (negative ? minus : 0) ^ (lane / 4 % 2 != 0 ? 0xfe00fe00 : 0);
+    const uint32_t odd = even ^ 0xfefe0000;
+    operands[64 * which + lane] = make_uint4(even, even, odd, odd);
+    operands[64 * which + 32 + lane] = make_uint4(even, even ^ minus, odd, odd ^ minus);
+  }
+}
+
+// Where the sums of a chunk's first channel begin, as the bits of kRoundingBias plus half of the column's sum.
+template <int kHeadDim>
+__device__ void fill_begins(const SideParams &side, int32_t *begins) {
+  for (int chunk = int(threadIdx.x); chunk < kHeadDim / 8; chunk += int(blockDim.x)) {
     int sum = 0;
-    for (int k = 0; k < kHeadDim; k += 4) sum += 4 - 2 * __popc(hadamard_signs4(side, c, k, true));
-    if ((side.signs[0][c >> 5] >> (c & 31) & 1) != 0) sum = -sum;
-    halves[c] = __float_as_int(kRoundingBias) + sum / 2;
+    for (int k = 0; k < kHeadDim / 8; ++k) sum += is_negative<kHeadDim>(side, k, chunk) ? -8 : 8;
+    begins[chunk] = __float_as_int(kRoundingBias) + sum / 2;
   }
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(32 * decode_warps(kHeadDim), decode_blocks(kHeadDim))
+struct DecodeShared {
+  uint4 operands[64 * rotation_operands<kHeadDim>], signs[kHeadDim / 8];
+  int32_t begins[kHeadDim / 8];
+};
+
+// `kAny`: everything, else up to 4 bits and what Output::write does for a type.
+template <int kHeadDim, bool kAny>
+__global__ void __launch_bounds__(32 * kDecodeWarps, decode_blocks(kAny))
     decode_kernel(const __grid_constant__ VectorCall call) {
+  __shared__ DecodeShared<kHeadDim> shared;
   const VectorSide &v = call.side[blockIdx.y];
-  auto *matrix = static_cast<uint32_t *>(dynamic_shared());
-  fill_rotation<kHeadDim, true>(v.side, matrix);
-  fill_halves<kHeadDim>(v.side, reinterpret_cast<int32_t *>(matrix + kHeadDim * kHeadDim / 4));
+  fill_inverse<kHeadDim>(v.side, shared.operands);
+  fill_signs<kHeadDim>(v.side, reinterpret_cast<uint32_t *>(shared.signs));
+  fill_begins<kHeadDim>(v.side, shared.begins);
   __syncthreads();
   const uint2 table = level_table(v.side);
+  const auto decode = [&](auto bits) {
+    decode_rows<kHeadDim, bits, kAny>(call, v, table, shared.operands, shared.begins, shared.signs);
+  };
   switch (v.side.bits) {
     case 1:
-      return decode_rows<kHeadDim, 1>(call, v, table, matrix);
+      return decode(std::integral_constant<int, 1>());
     case 2:
-      return decode_rows<kHeadDim, 2>(call, v, table, matrix);
+      return decode(std::integral_constant<int, 2>());
     case 3:
-      return decode_rows<kHeadDim, 3>(call, v, table, matrix);
+      return decode(std::integral_constant<int, 3>());
     case 4:
-      return decode_rows<kHeadDim, 4>(call, v, table, matrix);
+      return decode(std::integral_constant<int, 4>());
     default:
-      return decode_rows<kHeadDim, 8>(call, v, table, matrix);
+      if constexpr (kAny) decode(std::integral_constant<int, 8>());
   }
-}
-
-template <int kHeadDim>
-constexpr int decode_shared_bytes() {
-  return kHeadDim * kHeadDim + 4 * kHeadDim;
 }
 
 // The rest is for the generic kernels.
 template <int kHeadDim>
-bool takes_decode(const VectorSide &v, bool tiles, const DeviceLimits &limits) {
-  return v.side.rounds == 1 && v.rows.aligned != 0 && (tiles || v.flat.alignment >= 4) &&
-         decode_shared_bytes<kHeadDim>() <= limits.shared_bytes;
+bool takes_decode(const VectorSide &v, bool tiles, const DeviceLimits &) {
+  return v.side.rounds <= 1 && v.side.bits <= 8 && v.rows.aligned != 0 && (tiles || v.flat.alignment >= 4);
 }
 
 template <int kHeadDim>
 int load_decode() {
-  return cudaFuncSetAttribute(decode_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              decode_shared_bytes<kHeadDim>());
+  cudaFuncAttributes attributes;
+  if (const int error = cudaFuncGetAttributes(&attributes, decode_kernel<kHeadDim, false>)) return error;
+  return cudaFuncGetAttributes(&attributes, decode_kernel<kHeadDim, true>);
 }
 
 template <int kHeadDim>
 int launch_decode_fast(const VectorCall &call, const DeviceLimits &limits, void *stream) {
-  constexpr int kWarps = decode_warps(kHeadDim);
+  bool any = false;
+  for (int i = 0; i < call.num_sides; ++i) {
+    const VectorSide &v = call.side[i];
+    any = any || v.side.rounds != 1 || v.side.bits == 8 || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr ||
+          v.side.scale_type != TQ_TYPE_F16;
+  }
   const int64_t items = (call.tokens + kRows - 1) / kRows * call.heads;
-  const int64_t resident = int64_t{limits.multiprocessors} * decode_blocks(kHeadDim) / call.num_sides;
-  return launch(decode_kernel<kHeadDim>, dim3(unsigned(items < resident ? items : resident), unsigned(call.num_sides)),
-                32 * kWarps, decode_shared_bytes<kHeadDim>(), stream, call);
+  const int64_t resident = int64_t{limits.multiprocessors} * decode_blocks(any) / call.num_sides;
+  const dim3 grid(unsigned(items < resident ? items : resident), unsigned(call.num_sides));
+  const auto kernel = any ? decode_kernel<kHeadDim, true> : decode_kernel<kHeadDim, false>;
+  return launch(kernel, grid, 32 * kDecodeWarps, 0, stream, call);
 }
 
 }  // namespace tqkv::cuda

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Encode and store of one head_dim with one Hadamard round: 16-bit integers, as a low and a high byte, times a matrix of
-// +-1, exact; codes by a table of which every lane has its own bank. At head_dim 128, 4 bits and bf16 a vector moves
-// 256 + 66 bytes; an H200 has about 19 issue slots an element in that time, of which this takes about 15.
+// Encode and store of one head_dim with one Hadamard round or none. X is exact in f16, so that tensor cores add its
+// rotation exactly; a coordinate's code is one byte of shared memory, whose address is the coordinate's cell. At head_dim
+// 128, 4 bits and bf16 a vector moves 256 + 66 bytes; an H200 has about 18 issue slots an element in that time.
 #pragma once
+
+#include <bit>
 
 #include "kernels/device/launch.cuh"
 #include "kernels/device/rows.cuh"
@@ -10,19 +12,17 @@
 
 namespace tqkv::cuda {
 
-// One block a multiprocessor, so that the matrix and the table are there once: 128 registers a thread, or 255.
-constexpr int encode_warps(int head_dim) {
-  return head_dim == 256 ? 8 : 16;
+inline constexpr int kEncodeWarps = 4;       // a block
+constexpr int encode_blocks(int head_dim) {  // a multiprocessor: as many as do without spills
+  return head_dim == 256 ? 2 : head_dim == 64 ? 4 : 3;
 }
 
-// The table has a row of 32 equal entries for each 2^7 units of Y, from -2^7 * `side` on.
-inline constexpr int kCellShift = 7;
-inline constexpr int kTableAlign = 1 << 16;
+// Items that a warp leaves for later because they are unusual; after more of them it takes all as if they were.
+inline constexpr int kPutOff = 32;
 
 template <int kHeadDim>
-struct EncodeShape {
-  static constexpr int kSteps = kHeadDim / 32, kWords = kHeadDim / 8;
-  static constexpr int kStride = kWords + 4;  // words of a row in `nibbles`: rows of lanes in different banks
+struct EncodeShared {
+  static constexpr int kStride = kHeadDim / 8 + 4;  // words of a row in `nibbles`: rows of lanes in different banks
   struct Warp {
     uint32_t nibbles[kRows * kStride];  // codes of 8 channels a word; at 4 bits as they are stored
     // Where each row goes: its planes, or V's in its tile, and its scale.
@@ -30,49 +30,71 @@ struct EncodeShape {
     int64_t dot[kRows];
     float norm[kRows];
     uint32_t uu[kRows];
-    int32_t exponent[kRows];
+    int32_t exponent[kRows], row[kRows];  // row: in its tile
+    uint32_t quads;                       // bits of rows
+    int num_put_off;
+    uint2 put_off[kPutOff];  // groups and heads
   };
-  static constexpr int kWarpBytes = encode_warps(kHeadDim) * int(sizeof(Warp)), kMatrixBytes = kHeadDim * kHeadDim;
-  // The table begins at a multiple of 2^16, so that an entry's address is bits in different places. The matrix is before
-  // or behind it; a launch's memory begins within the first 2 KB.
-  static constexpr bool kMatrixFirst = kWarpBytes + kMatrixBytes + 2048 <= kTableAlign;
-  static_assert(kWarpBytes + 2048 <= kTableAlign);
-  static constexpr int bytes(int table_bytes) { return kTableAlign + table_bytes + (kMatrixFirst ? 0 : kMatrixBytes); }
+  uint4 signs[kHeadDim / 8];                         // of pairs of channels
+  uint4 operands[32 * rotation_operands<kHeadDim>];  // of the rotation
+  uint2 magnitudes;                                  // |u| of each index in the lower 3 bits of a code, as bytes
+  Warp warps[kEncodeWarps];
+  uint32_t table[4];  // and more: a byte a cell
+
+  static constexpr int bytes(int half_cells) { return int(sizeof(EncodeShared)) + 2 * half_cells; }
+  __device__ __forceinline__ static EncodeShared &get() { return *static_cast<EncodeShared *>(dynamic_shared()); }
+  __device__ __forceinline__ static Warp &warp() { return get().warps[threadIdx.x / 32]; }
 };
 
-// Cells on each side of zero: up to the largest threshold and one more.
-inline __host__ __device__ int table_side(const SideParams &side) {
-  const int count = 1 << (side.bits - 1);
-  return (count > 1 ? side.thresholds[count - 2] >> kCellShift : 0) + 1;
-}
+// Coordinates are in units of 2^-36: operands A have units of 2^-24, which are f16's least, and B has +-2^-12. Then
+// Y_c times side.cells, rounded towards zero among the numbers of which the least is 2^-149, has an integer's bits.
+inline constexpr uint32_t kOperandOne = 0x0c000c00;  // f16 2^-12, twice
+inline constexpr float kUnit = 0x1p-36f, kPerBit = 0x1p-113f;
 
-// An entry has the code in its lowest 4 bits, the sign above the magnitude at 4 bits, and above them u^2 << 10 or, where
-// the scale rule needs <Y, u>, u << 10.
-inline constexpr int kEntryShift = 10;
-__device__ inline void fill_table(const SideParams &side, bool wants_dot, uint32_t *table) {
-  const int half = table_side(side);
-  for (int i = int(threadIdx.x); i < 2 * half * 8; i += int(blockDim.x)) {
-    const unsigned code = choose_code((i / 8 - half) * (1 << kCellShift), side.thresholds, side.bits);
-    const int u = int(side.levels[code]);
-    const uint32_t entry = uint32_t(wants_dot ? u : u * u) << kEntryShift | code;
-    reinterpret_cast<uint4 *>(table)[i] = make_uint4(entry, entry, entry, entry);
+// The code of a cell twice, in the lower and upper half of a byte; `half` cells below zero come first.
+__device__ inline void fill_table(const SideParams &side, uint32_t *table) {
+  const int half = side.half_cells, count = 1 << (side.bits - 1);
+  const float *levels = side.levels + (side.bits == 4 ? 0 : count);
+  int thresholds[7];  // twice the first cell of the next magnitude; of those that there are not, out of reach
+#pragma unroll
+  for (int j = 0; j < 7; ++j) thresholds[j] = j + 1 < count ? int(levels[j] + levels[j + 1]) : 2 * half;
+  for (int i = int(threadIdx.x); i < half / 2; i += int(blockDim.x)) {
+    uint32_t entries = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int cell = 4 * i + k - half, folded = cell < 0 ? -1 - cell : cell;
+      int magnitude = 0;
+#pragma unroll
+      for (int threshold : thresholds) magnitude += 2 * folded >= threshold;
+      const int negative = side.bits == 4 ? magnitude | 8 : count - 1 - magnitude;
+      const int code = cell < 0 ? negative : side.bits == 4 ? magnitude : count + magnitude;
+      entries |= uint32_t(code * 0x11) << (8 * k);
+    }
+    table[i] = entries;
   }
 }
 
-// The lowest bytes of four words.
-__device__ __forceinline__ uint32_t low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+// |u| of each index in the lower 3 bits of a code.
+__device__ inline uint2 magnitude_bytes(const SideParams &side) {
+  uint64_t bytes = 0;
+  for (int i = 0; i < (side.bits == 4 ? 8 : 1 << side.bits); ++i) {
+    bytes |= uint64_t(uint8_t(fabsf(side.levels[i]))) << (8 * i);
+  }
+  return make_uint2(uint32_t(bytes), uint32_t(bytes >> 32));
 }
 
 // The codes of 8 channels from their entries: nibble j for channel j, or at 4 bits the word of a record.
 __device__ __forceinline__ uint32_t gather_codes(const uint32_t (&entry)[8], bool four_bits) {
-  const uint32_t a = low_bytes(entry[0], entry[1], entry[2], entry[3]);
-  const uint32_t b = low_bytes(entry[4], entry[5], entry[6], entry[7]);
-  const auto pack = [](uint32_t v) { return (v & 0x0f0f0f0f) | (v >> 4 & 0xf0f0f0f0); };
-  const uint32_t word = __byte_perm(pack(a), pack(b), 0x6420);
+  const auto bytes = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+  };
+  const uint32_t even = bytes(entry[0], entry[2], entry[4], entry[6]);
+  const uint32_t odd = bytes(entry[1], entry[3], entry[5], entry[7]);
+  const uint32_t word = (even & 0x0f0f0f0f) | (odd & 0xf0f0f0f0);
   if (!four_bits) return word;
-  const uint32_t signs = (a << 4 & 0x80808080) | (b & 0x08080808);
-  return (word & 0x77777777) | signs;
+  const uint32_t first = __byte_perm(even, odd, 0x5140), second = __byte_perm(even, odd, 0x7362);
+  const uint32_t signs = (first & 0xf0f0f0f0) | (second & 0x0f0f0f0f);
+  return (word & 0x77777777) | (signs & 0x88888888);
 }
 
 // Word `index` of a plane from the codes of 8 channels a word.
@@ -89,9 +111,9 @@ __device__ __forceinline__ uint32_t plane_word(const uint32_t *nibbles, int plan
 
 // Row-major planes of flat records and of K's tiles, in words; `wide`: 16 bytes at a time where they are aligned so.
 template <int kHeadDim, int kBits>
-__device__ __forceinline__ void write_rows(const typename EncodeShape<kHeadDim>::Warp &warp, uint32_t coded,
+__device__ __forceinline__ void write_rows(const typename EncodeShared<kHeadDim>::Warp &warp, uint32_t coded,
                                            bool wide) {
-  constexpr int kStride = EncodeShape<kHeadDim>::kStride;
+  constexpr int kStride = EncodeShared<kHeadDim>::kStride;
   constexpr int kPlaneWords[2] = {kBits == 1 ? 0 : kHeadDim * (kBits == 3 ? 2 : kBits) / 32,
                                   kBits == 1 || kBits == 3 ? kHeadDim / 32 : 0};
 #pragma unroll
@@ -123,12 +145,11 @@ __device__ __forceinline__ void write_rows(const typename EncodeShape<kHeadDim>:
   }
 }
 
-// V's tiles. `quads`: bit i, i a multiple of 4: rows i .. i + 3 are one group of four of a tile, written as words; of the
-// other rows single bytes. `own_row`: of the lane's row in its tile.
+// V's tiles. Where bit i of warp.quads is set, i a multiple of 4, rows i .. i + 3 are one group of four of a tile and
+// written as words; of the other rows single bytes.
 template <int kHeadDim, int kBits>
-__device__ __forceinline__ void write_v_rows(const typename EncodeShape<kHeadDim>::Warp &warp, uint32_t coded,
-                                             uint32_t quads, int own_row) {
-  constexpr int kStride = EncodeShape<kHeadDim>::kStride;
+__device__ __forceinline__ void write_v_rows(const typename EncodeShared<kHeadDim>::Warp &warp, uint32_t coded) {
+  constexpr int kStride = EncodeShared<kHeadDim>::kStride;
   constexpr int kPlaneWords[2] = {kBits == 1 ? 0 : kHeadDim * (kBits == 3 ? 2 : kBits) / 32,
                                   kBits == 1 || kBits == 3 ? kHeadDim / 32 : 0};
 #pragma unroll
@@ -138,8 +159,8 @@ __device__ __forceinline__ void write_v_rows(const typename EncodeShape<kHeadDim
 #pragma unroll 2
     for (int i = lane_index(); i < (words * 4 + 31) / 32 * 32; i += 32) {
       const int index = i / 4, row = i % 4 * 4;  // neighbours write neighbouring 16 bytes
-      const int in_tile = __shfl_sync(kAll, own_row, row);
-      if ((quads >> row & 1) == 0 || index >= words) continue;
+      const int in_tile = warp.row[row];
+      if ((warp.quads >> row & 1) == 0 || index >= words) continue;
       uint32_t word[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) word[k] = plane_word<kBits>(warp.nibbles + (row + k) * kStride, plane, index);
@@ -149,9 +170,8 @@ __device__ __forceinline__ void write_v_rows(const typename EncodeShape<kHeadDim
       *reinterpret_cast<uint4 *>(to) = make_uint4(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632),
                                                   __byte_perm(c, d, 0x5410), __byte_perm(c, d, 0x7632));
     }
-    for (int row = 0; row < kRows; ++row) {
-      const int in_tile = __shfl_sync(kAll, own_row, row);
-      if ((coded >> row & 1) == 0 || (quads >> (row & ~3) & 1) != 0) continue;
+    for (uint32_t rows = coded & ~(warp.quads * 15); rows != 0; rows &= rows - 1) {
+      const int row = __ffs(int(rows)) - 1, in_tile = warp.row[row];
       for (int e = lane_index(); e < 4 * words; e += 32) {
         const uint32_t word = plane_word<kBits>(warp.nibbles + row * kStride, plane, e / 4);
         reinterpret_cast<uint8_t *>(starts[row])[64 * (e / 4) + 16 * (in_tile / 4) + 4 * (e % 4) + in_tile % 4] =
@@ -161,17 +181,16 @@ __device__ __forceinline__ void write_v_rows(const typename EncodeShape<kHeadDim
   }
 }
 
-// Copies rows raw into exact slots; the slot of row i is lane i's. What became of the lane's row.
-static __device__ __noinline__ int store_exact(const VectorSide &v, uint32_t rows, int64_t own_slot, int64_t first,
-                                               int head) {
-  int outcome = kFine;
+// Copies rows raw into exact slots. `outcome`: of the lane's row so far; what becomes of the copy counts only where that
+// is fine.
+static __device__ __noinline__ void store_exact(const VectorCall &call, const VectorSide &v, uint32_t rows,
+                                                int64_t first, int head, int outcome) {
   const int n = v.side.head_dim;
   const float limit = raw_limit(v.side.raw_type);
   for (; rows != 0; rows &= rows - 1) {
-    const int row = __ffs(int(rows)) - 1;
-    const int64_t slot = __shfl_sync(kAll, own_slot, row);
+    const int64_t token = first + __ffs(int(rows)) - 1, slot = call.exact_slots[token];
     uint8_t *tile = tile_at(v.exact, slot, head) + v.exact.codes_offset;
-    const int64_t at = (first + row) * v.rows.token_stride + head * v.rows.head_stride;
+    const int64_t at = token * v.rows.token_stride + head * v.rows.head_stride;
     bool finite = true, clamped = false;
     for (int c = lane_index(); c < n; c += 32) {
       const float x = load_element(v.rows.data, v.rows.type, at + c);
@@ -188,188 +207,271 @@ static __device__ __noinline__ int store_exact(const VectorSide &v, uint32_t row
                     : x > limit  ? limit
                                  : x);
     }
-    if (lane_index() == row) outcome = !finite ? kNonFinite : clamped ? kClamped : kFine;
+    if (lane_index() == token - first && outcome == kFine) {
+      count_outcome(call.faults, !finite ? kNonFinite : clamped ? kClamped : kFine, call.first_token + token);
+    }
   }
-  return outcome;
 }
 
-// Where the chunks of a lane in rows g and g + 8 come from; ones in rows that are not wanted.
+// Where the chunks of a lane in rows g and g + 8 come from.
 struct RowInput {
   const VectorSide &v;
   const float *offset;  // of the lane's first channel
-  int64_t at, next;     // of the first chunk in row g, and from there to row g + 8
-  bool wanted[2];
-  bool scaled = false;  // by 2^-exponent
-  int exponent[2] = {0, 0};
+  int64_t at[2];        // of the first chunk
+  uint32_t wanted;      // bits of rows; of the others kType 0 makes ones
+  int exponent[2];      // values are times 2^-exponent
 
-  // `kType`: 0 for everything, else rows of this type with neither offset nor exponent.
+  // Chunk t of row g + 8 r as it is in memory; of f32 the second half is read with its values.
   template <int kType>
-  __device__ __forceinline__ void load(int r, int t, float *x) const {
-    if (!wanted[r]) {
+  __device__ __forceinline__ uint4 read(int r, int t) const {
+    return __ldg(reinterpret_cast<const uint4 *>(address<kType>(r, t)));
+  }
+  // Its values. `kType`: 0 for everything, else rows of this type with neither offset nor exponent.
+  template <int kType>
+  __device__ __forceinline__ void unpack(int r, int t, const uint4 &raw, float *x) const {
+    const int type = kType == 0 ? v.rows.type : kType;
+    uint4 rest = raw;
+    if (type == TQ_TYPE_F32) rest = __ldg(reinterpret_cast<const uint4 *>(address<kType>(r, t)) + 1);
+    unpack_chunk(type, raw, rest, x);
+    if constexpr (kType == 0) {
+      // Rounded twice only below what changes a sum of squares of about 1.
+      const int half = -exponent[r] / 2;
+      const float first = power_of_two(half), second = power_of_two(-exponent[r] - half);
+      const bool wants = (wanted >> (lane_row() + 8 * r) & 1) != 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = 1;
-    } else if constexpr (kType != 0) {
-      load_chunk(v.rows, kType, at + r * next + 32 * t, x);
-    } else {
-      const Chunk chunk = load_any(v.rows, offset, at, r * next, t, -exponent[r]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = chunk.x[i];
+      for (int i = 0; i < 8; ++i) {
+        const float from = offset != nullptr ? x[i] - offset[32 * t + i] : x[i];
+        x[i] = wants ? from * first * second : 1.0f;
+      }
     }
   }
 
-  // Calls body(integral_constant) with the kType that reads these rows.
+  // Calls body(integral_constant) with the 16-bit type of the rows.
   template <class Body>
   __device__ __forceinline__ void with_type(Body &&body) const {
-    if (offset != nullptr || scaled) {
-      body(std::integral_constant<int, 0>());
-    } else if (v.rows.type == TQ_TYPE_BF16) {
+    if (v.rows.type == TQ_TYPE_BF16) {
       body(std::integral_constant<int, TQ_TYPE_BF16>());
-    } else if (v.rows.type == TQ_TYPE_F16) {
-      body(std::integral_constant<int, TQ_TYPE_F16>());
     } else {
-      body(std::integral_constant<int, TQ_TYPE_F32>());
+      body(std::integral_constant<int, TQ_TYPE_F16>());
     }
   }
 
  private:
-  struct Chunk {
-    float x[8];
-  };
-  __device__ __noinline__ static Chunk load_any(const Rows &rows, const float *offset, int64_t at, int64_t row, int t,
-                                                int exponent) {
-    Chunk chunk;
-    load_chunk(rows, rows.type, at + row + 32 * t, chunk.x);
-    for (int i = 0; i < 8; ++i) {
-      if (offset != nullptr) chunk.x[i] = chunk.x[i] - offset[32 * t + i];
-      chunk.x[i] = times_power_of_two(chunk.x[i], exponent);
-    }
-    return chunk;
+  template <int kType>
+  __device__ __forceinline__ const uint8_t *address(int r, int t) const {
+    const int bytes = (kType == 0 ? v.rows.type : kType) == TQ_TYPE_F32 ? 4 : 2;
+    return static_cast<const uint8_t *>(v.rows.data) + (at[r] + 32 * t) * bytes;
+  }
+  __device__ __forceinline__ static float power_of_two(int n) {
+    return __uint_as_float(uint32_t(n + 127) << 23);
   }
 };
 
-// Rows of few enough channels stay in registers; longer ones are read again, from the L1 cache.
-template <int kHeadDim>
+// Of a group of tokens and a head.
+__device__ __forceinline__ RowInput row_input(const VectorCall &call, const VectorSide &v, uint32_t group, int head) {
+  RowInput input{v, nullptr, {0, 0}, 0, {0, 0}};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {  // the last row also for what there would be past it
+    const int64_t row = min(int64_t{group} * kRows + lane_row() + 8 * r, call.tokens - 1);
+    input.at[r] = row * v.rows.token_stride + head * v.rows.head_stride + 8 * lane_part();
+  }
+  return input;
+}
+
+// Of rows whose sum of squares says little: the exponent of the largest value where there is one.
+struct Extremes {
+  int exponent[2];
+  uint32_t zero, not_finite;  // bits of rows; what is not finite is zero too
+};
+template <int kSteps>
+__device__ __forceinline__ Extremes find_extremes(const RowInput &input) {
+  Extremes found{};
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    uint32_t largest = 0;
+    for (int t = 0; t < kSteps; ++t) {
+      float x[8];
+      input.unpack<0>(r, t, input.read<0>(r, t), x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffff);
+    }
+    largest = max(largest, __shfl_xor_sync(kAll, largest, 1));
+    largest = max(largest, __shfl_xor_sync(kAll, largest, 2));
+    const bool bad = largest >= 0x7f800000, nothing = largest == 0;
+    found.not_finite |= uint32_t(bad) << (lane_row() + 8 * r);
+    found.zero |= uint32_t(bad || nothing) << (lane_row() + 8 * r);
+    found.exponent[r] = bad || nothing ? 0 : exponent_of(__uint_as_float(largest));
+  }
+  for (int lane = 4; lane < 32; lane *= 2) {
+    found.zero |= __shfl_xor_sync(kAll, found.zero, lane);
+    found.not_finite |= __shfl_xor_sync(kAll, found.not_finite, lane);
+  }
+  return found;
+}
+
+// The values of both rows. `kAny`: whatever the rows are; else they have 16-bit types and no offset, and few enough
+// channels stay in registers as they are in memory. Others are read again, from the L1 cache.
+template <int kHeadDim, bool kAny>
 struct RowValues {
   static constexpr int kSteps = kHeadDim / 32;
-  static constexpr bool kKept = kHeadDim <= 128;
-  float x[kKept ? 2 : 1][kKept ? kSteps : 1][8];
+  static constexpr bool kKept = kHeadDim <= 128 && !kAny;
+  uint4 raw[kKept ? 2 : 1][kKept ? kSteps : 1];
+
+  __device__ __forceinline__ void load(const RowInput &input) {
+    if constexpr (kKept) {
+#pragma unroll
+      for (int i = 0; i < 2 * kSteps; ++i) {
+        raw[i / kSteps][i % kSteps] = input.read<TQ_TYPE_BF16>(i / kSteps, i % kSteps);
+      }
+    }
+  }
+
+  // Calls body(r, t, x) with the values of all chunks. `kType`: as of RowInput, 0 also where the rows were scaled.
+  template <int kType, class Body>
+  __device__ __forceinline__ void for_each(const RowInput &input, Body &&body) {
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      const int r = i / kSteps, t = i % kSteps;
+      float x[8];
+      if constexpr (kKept && kType != 0) {
+        input.unpack<kType>(r, t, raw[r][t], x);
+      } else {
+        input.unpack<kType>(r, t, input.read<kType>(r, t), x);
+      }
+      body(r, t, x);
+    }
+  }
 
   // squared_norm() of both rows. A lane has the cells 8 q .. 8 q + 7.
+  template <int kType>
   __device__ __forceinline__ void measure(const RowInput &input, float (&norm2)[2]) {
-    input.with_type([&](auto type) {
+    float cell[2][8] = {};
+    for_each<kType>(input, [&](int r, int, const float *x) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float cell[8] = {};
-#pragma unroll
-        for (int t = 0; t < kSteps; ++t) {
-          float *y = x[kKept ? r : 0][kKept ? t : 0];
-          input.load<type>(r, t, y);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) cell[i] = __fmaf_rn(y[i], y[i], cell[i]);
-        }
-        norm2[r] = ((cell[0] + cell[1]) + (cell[2] + cell[3])) + ((cell[4] + cell[5]) + (cell[6] + cell[7]));
-      }
+      for (int i = 0; i < 8; ++i) cell[r][i] = __fmaf_rn(x[i], x[i], cell[r][i]);
     });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      norm2[r] = norm2[r] + __shfl_xor_sync(kAll, norm2[r], 1);
-      norm2[r] = norm2[r] + __shfl_xor_sync(kAll, norm2[r], 2);
-    }
-  }
-
-  // X as operands A of the products: its low and high bytes.
-  __device__ __forceinline__ void to_integers(const RowInput &input, const float (&gain)[2], uint32_t (&low)[kSteps][4],
-                                              uint32_t (&high)[kSteps][4]) {
-    const auto convert = [&](int r, int t, const float *y) {
-      uint32_t bits[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) bits[i] = __float_as_uint(__fmaf_rn(y[i], gain[r], kRoundingBias));
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t ab = __byte_perm(bits[4 * h], bits[4 * h + 1], 0x5410);
-        const uint32_t cd = __byte_perm(bits[4 * h + 2], bits[4 * h + 3], 0x5410);
-        low[t][r + 2 * h] = __byte_perm(ab, cd, 0x6420);
-        high[t][r + 2 * h] = __byte_perm(ab, cd, 0x7531);
-      }
-    };
-    if constexpr (kKept) {
-#pragma unroll
-      for (int i = 0; i < 2 * kSteps; ++i) convert(i / kSteps, i % kSteps, x[i / kSteps][i % kSteps]);
-    } else {
-      input.with_type([&](auto type) {
-#pragma unroll
-        for (int i = 0; i < 2 * kSteps; ++i) {
-          input.load<type>(i / kSteps, i % kSteps, x[0][0]);
-          convert(i / kSteps, i % kSteps, x[0][0]);
-        }
-      });
+      float sum = ((cell[r][0] + cell[r][1]) + (cell[r][2] + cell[r][3])) +
+                  ((cell[r][4] + cell[r][5]) + (cell[r][6] + cell[r][7]));
+      sum = sum + __shfl_xor_sync(kAll, sum, 1);
+      norm2[r] = sum + __shfl_xor_sync(kAll, sum, 2);
     }
   }
 };
 
-// Y, its codes to `warp`, and the sums of both rows.
+// What turns coordinates into codes and sums.
 template <int kHeadDim, bool kDot>
-__device__ __forceinline__ void choose_codes(const uint32_t (&low)[kHeadDim / 32][4],
-                                             const uint32_t (&high)[kHeadDim / 32][4], const uint32_t *matrix,
-                                             uint32_t table, int half, bool four_bits,
-                                             typename EncodeShape<kHeadDim>::Warp &warp, int64_t (&dot)[2],
-                                             uint32_t (&uu)[2]) {
-  constexpr int kSteps = kHeadDim / 32, kStride = EncodeShape<kHeadDim>::kStride;
-  const int bias = half << kCellShift, most = (half << (kCellShift + 1)) - 1;
-  uint32_t sum[2] = {};
-  int32_t products[2] = {};
-#pragma unroll 1
-  for (int t = 0; t < kSteps; ++t) {
-    int32_t y[4][4];
+struct Chooser {
+  static constexpr int kStride = EncodeShared<kHeadDim>::kStride;
+  float cells, begin;  // begin: the bits are the address of the cell of 0
+  uint2 magnitudes;
+  bool four_bits;
+  uint32_t uu[2] = {}, dot[2] = {};
+
+  // Word `index` of row r: channels 8 index .. 8 index + 7, in units of kUnit.
+  __device__ __forceinline__ void choose(const float (&y)[8], int r, int index,
+                                         typename EncodeShared<kHeadDim>::Warp &warp) {
+    uint32_t entry[8];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int32_t upper[4] = {};
+    for (int c = 0; c < 8; ++c) entry[c] = load_shared_byte(__float_as_uint(__fmaf_rz(y[c], cells, begin)));
+    const uint32_t word = gather_codes(entry, four_bits), index3 = word & 0x77777777;
+    warp.nibbles[(lane_row() + 8 * r) * kStride + index] = word;
+    const uint32_t low = __byte_perm(magnitudes.x, magnitudes.y, index3);
+    const uint32_t high = __byte_perm(magnitudes.x, magnitudes.y, index3 >> 16);
+    uu[r] = __dp4a(high, high, __dp4a(low, low, uu[r]));
+    if constexpr (kDot) {  // <Y, u>, whose terms are positive: |Y| < 2^16 in the last bits of 2^23 + |Y|
+      uint32_t pair[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) y[i][j] = bias;
+      for (int c = 0; c < 4; ++c) {
+        const float a = __fmaf_rn(fabsf(y[2 * c]), 1 / kUnit, 0x1p23f);
+        const float b = __fmaf_rn(fabsf(y[2 * c + 1]), 1 / kUnit, 0x1p23f);
+        pair[c] = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x5410);
+      }
+      dot[r] = __dp2a_hi(pair[1], low, __dp2a_lo(pair[0], low, dot[r]));
+      dot[r] = __dp2a_hi(pair[3], high, __dp2a_lo(pair[2], high, dot[r]));
+    }
+  }
+};
+
+// Codes of rotated rows. `x`: operands A of step 2 t + j, which has channels 4 j .. 4 j + 3 of the chunks 4 t + q.
+template <int kHeadDim, bool kDot>
+__device__ __forceinline__ void choose_rotated(const uint32_t (&x)[kHeadDim / 16][4], const uint4 *operands,
+                                               Chooser<kHeadDim, kDot> &chooser,
+                                               typename EncodeShared<kHeadDim>::Warp &warp) {
+  constexpr int kSteps = kHeadDim / 32;
+  // Output tile i has channels 2 i, 2 i + 1 of the chunks.
+  const auto multiply = [&](float(&sum)[4], const uint32_t(&a)[4], const uint4 &operand, int i) {
+    const uint32_t b[2] = {i % 2 == 0 ? operand.x : operand.z, i % 2 == 0 ? operand.y : operand.w};
+    mma_m16n8k16(sum, a, b, sum);
+  };
+  if constexpr (is_power_of_two(kHeadDim)) {
+    // The highest bit of the channel by addition, the others by products.
+    constexpr int kHalves = kSteps > 2 ? 2 : 1, kHalfSteps = kSteps / kHalves;
+    const uint4 positive = operands[lane_index()], negative = operands[32 + lane_index()];
 #pragma unroll
-      for (int s = 0; s < kSteps; s += kRotationRun<kSteps>) {
-        uint32_t b[kRotationRun<kSteps>][2];
-        load_rotation<kSteps>(matrix, 4 * t + i, s, b);
+    for (int t = 0; t < kHalfSteps; ++t) {
+      float y[kHalves][4][4];
 #pragma unroll
-        for (int k = 0; k < kRotationRun<kSteps>; ++k) {
-          mma_m16n8k32<int8_t, int8_t>(upper, high[s + k], b[k], upper);
-          mma_m16n8k32<uint8_t, int8_t>(y[i], low[s + k], b[k], y[i]);
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          float(&sum)[4] = y[half][i];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sum[k] = 0;
+#pragma unroll
+          for (int s = 0; s < 2 * kHalfSteps; ++s) {
+            const bool minus = (std::popcount(unsigned(s / 2 & t)) + i / 2 * s) % 2 != 0;
+            multiply(sum, x[half * 2 * kHalfSteps + s], minus ? negative : positive, i);
+          }
         }
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) y[i][j] = upper[j] * 256 + y[i][j];
-    }
+      for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      uint32_t entry[8];
+        for (int r = 0; r < 2; ++r) {
+          float v[8];
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        const int value = y[c / 2][2 * r + c % 2];
-        entry[c] = load_shared((uint32_t(clamp_from_zero(value, most)) & ~127u) | table);
-      }
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        if constexpr (kDot) {
-          const int u = int(entry[c]) >> kEntryShift;
-          products[r] += (y[c / 2][2 * r + c % 2] - bias) * u;
-          sum[r] += uint32_t(u * u);
-        } else {
-          sum[r] += entry[c];
+          for (int c = 0; c < 8; ++c) {
+            const float a = y[0][c / 2][2 * r + c % 2];
+            if constexpr (kHalves == 1) {
+              v[c] = a;
+            } else {
+              const float b = y[1][c / 2][2 * r + c % 2];
+              v[c] = half == 0 ? a + b : a - b;
+            }
+          }
+          chooser.choose(v, r, 4 * (half * kHalfSteps + t) + lane_part(), warp);
         }
       }
-      warp.nibbles[(lane_row() + 8 * r) * kStride + 4 * t + lane_part()] = gather_codes(entry, four_bits);
     }
-    if constexpr (kDot) {
+  } else {
+    // Bit 2 of the channel by addition.
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) {
+      float y[2][2][4] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        const uint4 operand = operands[(kSteps * t + s) * 32 + lane_index()];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) multiply(y[j][i], x[2 * s + j], operand, i);
+        }
+      }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        dot[r] += products[r];
-        products[r] = 0;
+        float v[8];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float a = y[0][c / 2][2 * r + c % 2], b = y[1][c / 2][2 * r + c % 2];
+          v[c] = a + b;
+          v[4 + c] = a - b;
+        }
+        chooser.choose(v, r, 4 * t + lane_part(), warp);
       }
     }
   }
-  // Without products a sum has the squares above the codes, of which 64 stay below 2^10.
-#pragma unroll
-  for (int r = 0; r < 2; ++r) uu[r] = kDot ? sum[r] : sum[r] >> kEntryShift;
 }
 
 template <class T>
@@ -378,193 +480,298 @@ __device__ __forceinline__ T sum_of_four(T x) {
   return x + __shfl_xor_sync(kAll, x, 2);
 }
 
+// Codes and sums of rows to the warp's memory; next() when their values are not needed any more.
+template <int kHeadDim, bool kRotated, bool kDot, bool kAny, class Next>
+__device__ __forceinline__ void choose_codes(const SideParams &side, const RowInput &input,
+                                             RowValues<kHeadDim, kAny> &values, const float (&gain)[2], Next &&next) {
+  auto &shared = EncodeShared<kHeadDim>::get();
+  auto &warp = EncodeShared<kHeadDim>::warp();
+  const uint32_t cell_of_0 = shared_address(shared.table) + uint32_t(side.half_cells);
+  Chooser<kHeadDim, kDot> chooser{side.cells * kPerBit, __uint_as_float(cell_of_0), shared.magnitudes, side.bits == 4};
+  const auto for_each = [&](auto &&body) {
+    if constexpr (kAny) {
+      values.template for_each<0>(input, body);
+    } else {
+      input.with_type([&](auto type) { values.template for_each<type>(input, body); });
+    }
+  };
+  if constexpr (kRotated) {
+    uint32_t x[kHeadDim / 16][4];
+    for_each([&](int r, int t, const float *y) {
+      const uint4 flips = shared.signs[4 * t + lane_part()];
+      x[2 * t][r] = pack_f16(y[0] * gain[r], y[1] * gain[r]) ^ flips.x;
+      x[2 * t][r + 2] = pack_f16(y[2] * gain[r], y[3] * gain[r]) ^ flips.y;
+      x[2 * t + 1][r] = pack_f16(y[4] * gain[r], y[5] * gain[r]) ^ flips.z;
+      x[2 * t + 1][r + 2] = pack_f16(y[6] * gain[r], y[7] * gain[r]) ^ flips.w;
+    });
+    constexpr bool kEarly = encode_blocks(kHeadDim) < 4;  // where there are registers for it
+    if constexpr (kEarly) next();
+    choose_rotated(x, shared.operands, chooser, warp);
+    if constexpr (!kEarly) next();
+  } else {
+    for_each([&](int r, int t, const float *y) {
+      constexpr float kBias = kRoundingBias * kUnit;
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = (y[i] * gain[r] + kBias) - kBias;
+      chooser.choose(v, r, 4 * t + lane_part(), warp);
+    });
+    next();
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t uu = sum_of_four(chooser.uu[r]);
+    const uint64_t dot = kDot ? sum_of_four(uint64_t{chooser.dot[r]}) : 0;
+    if (lane_part() == 0) {
+      warp.uu[lane_row() + 8 * r] = uu;
+      warp.dot[lane_row() + 8 * r] = int64_t(dot);
+    }
+  }
+}
+
+// The factor of both rows, of which even lanes work out row g's and odd ones row g + 8's; the norm to `warp`.
+template <class Warp>
+__device__ __forceinline__ void find_gains(float unit, const float (&norm2)[2], Warp &warp, float (&gain)[2]) {
+  const bool odd = lane_index() % 2 != 0;
+  const float norm = sqrtf(odd ? norm2[1] : norm2[0]), own = unit / norm, other = __shfl_xor_sync(kAll, own, 1);
+  gain[0] = odd ? other : own;
+  gain[1] = odd ? own : other;
+  if (lane_part() < 2) warp.norm[lane_row() + 8 * lane_part()] = norm;
+}
+
+// Where the lane's row goes, to `warp`; which rows go anywhere.
 template <int kHeadDim>
-__device__ void encode_rows(const VectorCall &call, const VectorSide &v, const uint32_t *matrix, uint32_t table,
-                            bool wants_dot, typename EncodeShape<kHeadDim>::Warp &warp) {
-  constexpr int kSteps = kHeadDim / 32;
+__device__ __forceinline__ uint32_t find_places(const VectorCall &call, const VectorSide &v, int64_t own_token,
+                                                int64_t slot, int head, typename EncodeShared<kHeadDim>::Warp &warp) {
   const SideParams &side = v.side;
-  const bool tiles = call.slots != nullptr;
   // A 1-bit plane is the second, also where it is the only one.
   const int plane1_bytes = side.bits == 1 || side.bits == 3 ? kHeadDim / 8 : 0;
   const int plane0_bytes = record_bytes(kHeadDim, side.bits) - plane1_bytes;
-  const uint32_t heads = uint32_t(call.heads), items = uint32_t((call.tokens + kRows - 1) / kRows) * heads;
-  for (uint32_t item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items;
-       item += gridDim.x * encode_warps(kHeadDim)) {
-    // Heads first: neighbours read whole tokens.
-    const int head = int(item % heads);
-    const int64_t first = int64_t{item / heads} * kRows;
-    const int64_t own_token = first + lane_index() % kRows;
-    int64_t slot = -1, exact_slot = -1;
-    uint8_t *plane0 = nullptr, *plane1 = nullptr, *scale_at = nullptr;
-    if (own_token < call.tokens) {
-      if (!tiles) {
-        slot = own_token;
-        plane0 = v.flat.codes + own_token * v.flat.codes_stride;
-        plane1 = plane0 + plane0_bytes;
-        scale_at = v.flat.scales + own_token * v.flat.scales_stride;
-      } else {
-        const Slots slots = read_slots(call, v, own_token);
-        if (!slots.bad) {
-          slot = slots.coded;
-          exact_slot = slots.exact;
-        } else if (lane_index() < kRows && head == 0 && v.counts_slots) {
-          count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + own_token);
-        }
-        if (slot != -1) {
-          uint8_t *tile = tile_at(v.tiles, slot, head);
-          const int row = int(slot) % kTileTokens;
-          plane0 = tile + v.tiles.codes_offset + (side.is_v ? 0 : row * plane0_bytes);
-          plane1 = tile + v.tiles.codes_offset + kTileTokens * plane0_bytes + (side.is_v ? 0 : row * plane1_bytes);
-          scale_at = tile + v.tiles.scales_offset + row * scale_bytes(side);
-        }
-      }
+  const bool coded = slot != -1;
+  if (coded) {
+    uint8_t *plane0, *plane1, *scale;
+    if (call.slots == nullptr) {
+      plane0 = v.flat.codes + own_token * v.flat.codes_stride;
+      plane1 = plane0 + plane0_bytes;
+      scale = v.flat.scales + own_token * v.flat.scales_stride;
+    } else {
+      uint8_t *tile = tile_at(v.tiles, slot, head);
+      const int row = int(slot) % kTileTokens;
+      plane0 = tile + v.tiles.codes_offset + (side.is_v ? 0 : row * plane0_bytes);
+      plane1 = tile + v.tiles.codes_offset + kTileTokens * plane0_bytes + (side.is_v ? 0 : row * plane1_bytes);
+      scale = tile + v.tiles.scales_offset + row * scale_bytes(side);
     }
     if (lane_index() < kRows) {
       warp.plane0[lane_index()] = uint64_t(plane0);
       warp.plane1[lane_index()] = uint64_t(plane1);
-      warp.scale[lane_index()] = uint64_t(scale_at);
+      warp.scale[lane_index()] = uint64_t(scale);
     }
-    const int own_row = int(slot & (kTileTokens - 1));
-    // Groups of four rows that are one of a tile.
-    const int64_t group = slot - lane_index() % 4, first_group = __shfl_sync(kAll, group, lane_index() & ~3);
-    uint32_t quads = __ballot_sync(kAll, slot != -1 && (group & 3) == 0 && group == first_group);
+  }
+  if (call.slots != nullptr && side.is_v) {  // groups of four rows that are one of a tile
+    const int64_t four = slot - lane_index() % 4, first_four = __shfl_sync(kAll, four, lane_index() & ~3);
+    uint32_t quads = __ballot_sync(kAll, coded && (four & 3) == 0 && four == first_four);
     quads &= quads >> 1;
     quads &= quads >> 2;
-    quads &= 0x1111;
-    const uint32_t coded = __ballot_sync(kAll, slot != -1) & 0xffff;
-    const uint32_t exact = __ballot_sync(kAll, exact_slot != -1) & 0xffff;
-    int outcome = exact == 0 ? kFine : store_exact(v, exact, exact_slot, first, head);
-    if (coded == 0) {
-      if (lane_index() < kRows) count_outcome(call.faults, outcome, call.first_token + own_token);
-      continue;
-    }
+    if (lane_index() == 0) warp.quads = quads & 0x1111;
+    if (lane_index() < kRows) warp.row[lane_index()] = int(slot & (kTileTokens - 1));
+  }
+  return __ballot_sync(kAll, coded) & 0xffff;
+}
 
-    RowInput input{v,
-                   v.offset == nullptr ? nullptr : v.offset + head * kHeadDim + 8 * lane_part(),
-                   (first + lane_row()) * v.rows.token_stride + head * v.rows.head_stride + 8 * lane_part(),
-                   8 * v.rows.token_stride,
-                   {(coded >> lane_row() & 1) != 0, (coded >> (lane_row() + 8) & 1) != 0}};
-    RowValues<kHeadDim> values;
-    float norm2[2];
-    uint32_t zero = 0, not_finite = 0;  // bits of rows
-#pragma unroll 1
-    for (;;) {
-      values.measure(input, norm2);
-      const auto usual = [&](int r) { return norm2[r] >= kMinSquaredNorm && norm2[r] <= kMaxSquaredNorm; };
-      if (input.scaled || __all_sync(kAll, usual(0) && usual(1))) break;
-        // Again, scaled where that is needed: by 2^0 the others come out the same.
-#pragma unroll 1
-      for (int r = 0; r < 2; ++r) {
-        uint32_t largest = 0;
-#pragma unroll 1
-        for (int t = 0; t < kSteps; ++t) {
-          float x[8];
-          input.load<0>(r, t, x);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffff);
-        }
-        largest = max(largest, __shfl_xor_sync(kAll, largest, 1));
-        largest = max(largest, __shfl_xor_sync(kAll, largest, 2));
-        const bool bad = largest >= 0x7f800000, nothing = largest == 0;
-        not_finite |= uint32_t(bad) << (lane_row() + 8 * r);
-        zero |= uint32_t(bad || nothing) << (lane_row() + 8 * r);
-        const bool extreme = r == 0 ? !usual(0) : !usual(1);
-        const int exponent = extreme && !bad && !nothing ? exponent_of(__uint_as_float(largest)) : 0;
-        (r == 0 ? input.exponent[0] : input.exponent[1]) = exponent;
-        if (bad || nothing) (r == 0 ? input.wanted[0] : input.wanted[1]) = false;
-      }
-      for (int lane = 4; lane < 32; lane *= 2) {
-        zero |= __shfl_xor_sync(kAll, zero, lane);
-        not_finite |= __shfl_xor_sync(kAll, not_finite, lane);
-      }
-      input.scaled = true;
-    }
-    const float norm[2] = {sqrtf(norm2[0]), sqrtf(norm2[1])};
-    const float gain[2] = {side.steps / norm[0], side.steps / norm[1]};
-    uint32_t low[kSteps][4], high[kSteps][4];
-    values.to_integers(input, gain, low, high);
-
-    int64_t dot[2] = {};
-    uint32_t uu[2];
-    const int half = table_side(side);
-    if (wants_dot) {
-      choose_codes<kHeadDim, true>(low, high, matrix, table, half, side.bits == 4, warp, dot, uu);
+template <int kHeadDim>
+__device__ __forceinline__ void write_codes(const VectorCall &call, const VectorSide &v,
+                                            const typename EncodeShared<kHeadDim>::Warp &warp, uint32_t coded) {
+  const auto write = [&](auto bits) {
+    if (call.slots != nullptr && v.side.is_v) {
+      write_v_rows<kHeadDim, bits>(warp, coded);
     } else {
-      choose_codes<kHeadDim, false>(low, high, matrix, table, half, side.bits == 4, warp, dot, uu);
+      write_rows<kHeadDim, bits>(warp, coded, call.slots != nullptr || v.flat.alignment == 16);
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t total = sum_of_four(uu[r]);
-      const int64_t total_dot = wants_dot ? sum_of_four(dot[r]) : 0;
-      if (lane_part() == 0) {
-        const int row = lane_row() + 8 * r;
-        warp.norm[row] = norm[r];
-        warp.uu[row] = total;
-        warp.dot[row] = total_dot;
-        warp.exponent[row] = input.exponent[r];
+  };
+  if (v.side.bits == 4) write(std::integral_constant<int, 4>());
+  if (v.side.bits == 3) write(std::integral_constant<int, 3>());
+  if (v.side.bits == 2) write(std::integral_constant<int, 2>());
+  if (v.side.bits == 1) write(std::integral_constant<int, 1>());
+}
+
+// One item, whatever its rows are.
+template <int kHeadDim, bool kRotated>
+__device__ __noinline__ void encode_any(const VectorCall &call, const VectorSide &v, uint32_t group, int head) {
+  auto &warp = EncodeShared<kHeadDim>::warp();
+  const SideParams &side = v.side;
+  const int64_t first = int64_t{group} * kRows, own_token = first + lane_index() % kRows;
+  Slots slots;
+  if (own_token < call.tokens) {
+    slots.coded = own_token;
+    if (call.slots != nullptr) slots = read_slots(call, v, own_token);
+    if (slots.bad) {
+      if (lane_index() < kRows && head == 0 && v.counts_slots) {
+        count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + own_token);
       }
+      slots.coded = slots.exact = -1;
     }
+  }
+  const uint32_t coded = find_places<kHeadDim>(call, v, own_token, slots.coded, head, warp);
+  const uint32_t exact = __ballot_sync(kAll, slots.exact != -1) & 0xffff;
+  int outcome = kFine;
+  if (coded != 0) {
+    RowInput input = row_input(call, v, group, head);
+    if (v.offset != nullptr) input.offset = v.offset + head * kHeadDim + 8 * lane_part();
+    input.wanted = coded;
+    RowValues<kHeadDim, true> values;
+    float norm2[2];
+    values.template measure<0>(input, norm2);
+    const auto is_usual = [&](int r) { return norm2[r] >= kMinSquaredNorm && norm2[r] <= kMaxSquaredNorm; };
+    Extremes found{};
+    if (!__all_sync(kAll, is_usual(0) && is_usual(1))) {
+      // Scaled where that is needed: by 2^0 the others come out the same.
+      found = find_extremes<kHeadDim / 32>(input);
+      input.wanted = coded & ~found.zero;
+      input.exponent[0] = is_usual(0) ? 0 : found.exponent[0];
+      input.exponent[1] = is_usual(1) ? 0 : found.exponent[1];
+      values.template measure<0>(input, norm2);
+    }
+    float gain[2];
+    find_gains(side.steps * (kRotated ? 0x1p-24f : kUnit), norm2, warp, gain);
+    if (lane_part() == 0) {
+      warp.exponent[lane_row()] = input.exponent[0];
+      warp.exponent[lane_row() + 8] = input.exponent[1];
+    }
+    choose_codes<kHeadDim, kRotated, true>(side, input, values, gain, [] {});
     __syncwarp();
     // What is stored of zeros and of what is not finite: all codes zero.
-    for (int row = 0; zero != 0 && row < kRows; ++row) {
-      if ((zero >> row & 1) == 0) continue;
-      for (int i = lane_index(); i < kHeadDim / 8; i += 32) warp.nibbles[row * EncodeShape<kHeadDim>::kStride + i] = 0;
+    for (uint32_t rows = found.zero & coded; rows != 0; rows &= rows - 1) {
+      uint32_t *row = warp.nibbles + (__ffs(int(rows)) - 1) * EncodeShared<kHeadDim>::kStride;
+      for (int i = lane_index(); i < kHeadDim / 8; i += 32) row[i] = 0;
     }
     __syncwarp();
-    if (lane_index() < kRows) {
-      const int row = lane_index();
-      if ((coded >> row & 1) != 0) {
-        float value = choose_scale(side.scale_rule, warp.norm[row], warp.dot[row], int(warp.uu[row]), side.scale_gain);
-        if (warp.exponent[row] != 0) value = times_power_of_two(value, warp.exponent[row]);
-        if ((zero >> row & 1) != 0) value = 0;
-        const int stored = store_scale(value, side.scale_type, reinterpret_cast<uint8_t *>(warp.scale[row]));
-        const int became = (not_finite >> row & 1) != 0 ? int(kNonFinite) : stored;
-        if (became != kFine) outcome = became;
-      }
+    const int row = lane_index() % kRows;
+    if (lane_index() < kRows && (coded >> row & 1) != 0) {
+      float value = choose_scale(side.scale_rule, warp.norm[row], warp.dot[row], int(warp.uu[row]), side.scale_gain);
+      if (warp.exponent[row] != 0) value = times_power_of_two(value, warp.exponent[row]);
+      if ((found.zero >> row & 1) != 0) value = 0;
+      const int stored = store_scale(value, side.scale_type, reinterpret_cast<uint8_t *>(warp.scale[row]));
+      outcome = (found.not_finite >> row & 1) != 0 ? int(kNonFinite) : stored;
       count_outcome(call.faults, outcome, call.first_token + own_token);
     }
+    write_codes<kHeadDim>(call, v, warp, coded);
+  }
+  if (exact != 0) store_exact(call, v, exact, first, head, outcome);
+  __syncwarp();
+}
 
-    if (tiles && side.is_v) {
-      if (side.bits == 4) write_v_rows<kHeadDim, 4>(warp, coded, quads, own_row);
-      if (side.bits == 3) write_v_rows<kHeadDim, 3>(warp, coded, quads, own_row);
-      if (side.bits == 2) write_v_rows<kHeadDim, 2>(warp, coded, quads, own_row);
-      if (side.bits == 1) write_v_rows<kHeadDim, 1>(warp, coded, quads, own_row);
+// What was put off, and all items that are left.
+template <int kHeadDim>
+__device__ __noinline__ void encode_put_off(const VectorCall &call, const VectorSide &v, uint32_t group,
+                                            uint32_t head) {
+  __syncwarp();
+  const auto &warp = EncodeShared<kHeadDim>::warp();
+  for (int i = 0; i < warp.num_put_off; ++i) {
+    encode_any<kHeadDim, true>(call, v, warp.put_off[i].x, int(warp.put_off[i].y));
+  }
+  ItemStep step(call, kEncodeWarps);
+  step.group = group;
+  step.head = head;
+  for (; step.left(); step.advance()) encode_any<kHeadDim, true>(call, v, step.group, int(step.head));
+}
+
+// Rotated rows of 16-bit types without offset; what is unusual among them goes to encode_any.
+template <int kHeadDim>
+__device__ __forceinline__ void encode_rows(const VectorCall &call, const VectorSide &v) {
+  auto &warp = EncodeShared<kHeadDim>::warp();
+  const SideParams &side = v.side;
+  ItemStep step(call, kEncodeWarps);
+  RowValues<kHeadDim, false> values;
+  int64_t coded_slot = -1, exact_slot = -1;  // of the lane's token, unchecked
+  const auto read = [&] {                    // before it is needed, and where nothing is left for nothing
+    values.load(row_input(call, v, step.group, int(step.head)));
+    const int64_t token = min(int64_t{step.group} * kRows + lane_index() % kRows, call.tokens - 1);
+    if (call.slots != nullptr) coded_slot = call.slots[token];
+    if (call.exact_slots != nullptr) exact_slot = call.exact_slots[token];
+  };
+  read();
+  if (lane_index() == 0) warp.num_put_off = 0;
+  __syncthreads();  // the tables
+  while (step.left()) {
+    const uint32_t group = step.group;
+    const int head = int(step.head);
+    const int64_t own_token = int64_t{group} * kRows + lane_index() % kRows;
+    Slots slots;
+    if (own_token < call.tokens) {
+      slots.coded = own_token;
+      if (call.slots != nullptr) slots = check_slots(v, coded_slot, exact_slot);
+    }
+    const auto next = [&] {
+      step.advance();
+      read();
+    };
+    const RowInput input = row_input(call, v, group, head);
+    float norm2[2];
+    input.with_type([&](auto type) { values.template measure<type>(input, norm2); });
+    const auto is_usual = [&](int r) { return norm2[r] >= kMinSquaredNorm && norm2[r] <= kMaxSquaredNorm; };
+    if (!__all_sync(kAll, is_usual(0) && is_usual(1) && !slots.bad && slots.exact == -1)) {
+      const int n = warp.num_put_off;
+      if (n == kPutOff) break;
+      __syncwarp();
+      if (lane_index() == 0) {
+        warp.put_off[n] = make_uint2(group, uint32_t(head));
+        warp.num_put_off = n + 1;
+      }
+      __syncwarp();
+      next();
+      continue;
+    }
+    const uint32_t coded = find_places<kHeadDim>(call, v, own_token, slots.coded, head, warp);
+    float gain[2];
+    find_gains(side.steps * 0x1p-24f, norm2, warp, gain);
+    if (side.scale_rule == TQ_SCALE_NORM) {
+      choose_codes<kHeadDim, true, false>(side, input, values, gain, next);
     } else {
-      const bool wide = tiles || v.flat.alignment == 16;
-      if (side.bits == 4) write_rows<kHeadDim, 4>(warp, coded, wide);
-      if (side.bits == 3) write_rows<kHeadDim, 3>(warp, coded, wide);
-      if (side.bits == 2) write_rows<kHeadDim, 2>(warp, coded, wide);
-      if (side.bits == 1) write_rows<kHeadDim, 1>(warp, coded, wide);
+      choose_codes<kHeadDim, true, true>(side, input, values, gain, next);
     }
     __syncwarp();
+    const int row = lane_index() % kRows;
+    if (lane_index() < kRows && (coded >> row & 1) != 0) {
+      const float value =
+          choose_scale(side.scale_rule, warp.norm[row], warp.dot[row], int(warp.uu[row]), side.scale_gain);
+      const int outcome = store_scale(value, side.scale_type, reinterpret_cast<uint8_t *>(warp.scale[row]));
+      count_outcome(call.faults, outcome, call.first_token + int64_t{group} * kRows + row);
+    }
+    write_codes<kHeadDim>(call, v, warp, coded);
+    __syncwarp();
+  }
+  encode_put_off<kHeadDim>(call, v, step.group, step.head);
+}
+
+// `kAny`: everything, else rotated rows of 16-bit types without offset.
+template <int kHeadDim, bool kAny>
+__global__ void __launch_bounds__(32 * kEncodeWarps, encode_blocks(kHeadDim))
+    encode_kernel(const __grid_constant__ VectorCall call) {
+  const VectorSide &v = call.side[blockIdx.y];
+  auto &shared = EncodeShared<kHeadDim>::get();
+  fill_signs<kHeadDim>(v.side, reinterpret_cast<uint32_t *>(shared.signs));
+  fill_operands<kHeadDim>(v.side, kOperandOne, shared.operands);
+  fill_table(v.side, shared.table);
+  if (threadIdx.x == 0) shared.magnitudes = magnitude_bytes(v.side);
+  if constexpr (!kAny) {
+    encode_rows<kHeadDim>(call, v);
+  } else {
+    __syncthreads();
+    for (ItemStep step(call, kEncodeWarps); step.left(); step.advance()) {
+      if (v.side.rounds == 1) {
+        encode_any<kHeadDim, true>(call, v, step.group, int(step.head));
+      } else {
+        encode_any<kHeadDim, false>(call, v, step.group, int(step.head));
+      }
+    }
   }
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(32 * encode_warps(kHeadDim), 1)
-    encode_kernel(const __grid_constant__ VectorCall call) {
-  using Shape = EncodeShape<kHeadDim>;
-  const VectorSide &v = call.side[blockIdx.y];
-  auto *memory = static_cast<uint8_t *>(dynamic_shared());
-  const uint32_t begin = shared_address(memory);
-  const uint32_t table = (begin + Shape::kWarpBytes + kTableAlign - 1) & ~uint32_t(kTableAlign - 1);
-  auto *warps = reinterpret_cast<typename Shape::Warp *>(memory);
-  uint8_t *behind = memory + (table - begin) + 256 * table_side(v.side);
-  auto *matrix = reinterpret_cast<uint32_t *>(Shape::kMatrixFirst ? memory + Shape::kWarpBytes : behind);
-  const bool wants_dot = v.side.scale_rule != TQ_SCALE_NORM;
-  fill_rotation<kHeadDim, false>(v.side, matrix);
-  fill_table(v.side, wants_dot, reinterpret_cast<uint32_t *>(memory + (table - begin)));
-  __syncthreads();
-  encode_rows<kHeadDim>(call, v, matrix, table + 4 * threadIdx.x % 128, wants_dot, warps[threadIdx.x / 32]);
-}
-
-// Cells of 2^7 units must not straddle thresholds, which are multiples of half a grid step, and the table must fit.
-template <int kHeadDim>
 bool takes_encode(const VectorSide &v, bool tiles, const DeviceLimits &limits) {
   const SideParams &side = v.side;
-  return side.rounds == 1 && v.rows.aligned != 0 && (tiles || v.flat.alignment >= 4) && side.bits <= 4 &&
-         (side.bits == 1 || side.unit_shift > kCellShift) && 256 * table_side(side) <= kTableAlign &&
-         EncodeShape<kHeadDim>::bytes(256 * table_side(side)) <= limits.shared_bytes;
+  return side.rounds <= 1 && v.rotated == nullptr && v.rows.aligned != 0 && (tiles || v.flat.alignment >= 4) &&
+         side.bits <= 4 && EncodeShared<kHeadDim>::bytes(side.half_cells) <= limits.shared_bytes;
 }
 
 template <int kHeadDim>
@@ -572,20 +779,26 @@ int load_encode() {
   int device = 0, most = 0;
   if (const int error = cudaGetDevice(&device)) return error;
   if (const int error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
-  return cudaFuncSetAttribute(encode_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  for (const auto kernel : {encode_kernel<kHeadDim, false>, encode_kernel<kHeadDim, true>}) {
+    if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return error;
+  }
+  return 0;
 }
 
 template <int kHeadDim>
 int launch_encode_fast(const VectorCall &call, const DeviceLimits &limits, void *stream) {
   int half = 0;
+  bool any = false;
   for (int i = 0; i < call.num_sides; ++i) {
-    const int one = table_side(call.side[i].side);
-    half = one > half ? one : half;
+    const VectorSide &v = call.side[i];
+    half = v.side.half_cells > half ? v.side.half_cells : half;
+    any = any || v.side.rounds != 1 || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr;
   }
   const int64_t items = (call.tokens + kRows - 1) / kRows * call.heads;
-  const int64_t resident = limits.multiprocessors / call.num_sides;
-  return launch(encode_kernel<kHeadDim>, dim3(unsigned(items < resident ? items : resident), unsigned(call.num_sides)),
-                32 * encode_warps(kHeadDim), EncodeShape<kHeadDim>::bytes(256 * half), stream, call);
+  const int64_t resident = int64_t{limits.multiprocessors} * encode_blocks(kHeadDim) / call.num_sides;
+  const dim3 grid(unsigned(items < resident ? items : resident), unsigned(call.num_sides));
+  const auto kernel = any ? encode_kernel<kHeadDim, true> : encode_kernel<kHeadDim, false>;
+  return launch(kernel, grid, 32 * kEncodeWarps, EncodeShared<kHeadDim>::bytes(half), stream, call);
 }
 
 }  // namespace tqkv::cuda

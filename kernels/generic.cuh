@@ -48,13 +48,13 @@ __device__ void apply_base(const SideParams &side, bool transpose, int lane, T *
   const int m = side.base;
   if (m == 1) return;
   for (int c = lane; c < side.head_dim; c += 32) {
-    const int i = c % m;
-    const T *v = x + (c - i);
+    const int stride = side.head_dim / m, i = c / stride;
+    const T *v = x + c % stride;
     T sum = 0;
     for (int j = 0; j < m; j += 4) {
       const auto term = [&](int k) {
         const uint64_t negative = transpose ? side.base_rows[j + k] >> i & 1 : side.base_rows[i] >> (j + k) & 1;
-        return negative != 0 ? -v[j + k] : v[j + k];
+        return negative != 0 ? -v[(j + k) * stride] : v[(j + k) * stride];
       };
       const T group = (term(0) + term(1)) + (term(2) + term(3));
       sum = j == 0 ? group : sum + group;
@@ -68,7 +68,7 @@ __device__ void apply_base(const SideParams &side, bool transpose, int lane, T *
 
 template <class T>
 __device__ void butterflies(const SideParams &side, int lane, T *x) {
-  for (int stride = side.base; stride < side.head_dim; stride *= 2) {
+  for (int stride = 1; stride < side.head_dim / side.base; stride *= 2) {
     for (int pair = lane; pair < side.head_dim / 2; pair += 32) {
       const int i = pair / stride * 2 * stride + pair % stride;
       const T a = x[i], b = x[i + stride];
@@ -79,10 +79,6 @@ __device__ void butterflies(const SideParams &side, int lane, T *x) {
   }
 }
 
-__device__ inline int to_integer_device(float x, float gain) {
-  return __float_as_int(__fmaf_rn(x, gain, kRoundingBias)) - __float_as_int(kRoundingBias);
-}
-
 // Y of quantize.hpp, where no matrix was applied.
 __device__ inline void rotate_integers(const SideParams &side, int lane, int32_t *y, int32_t *scratch) {
   for (int round = 0; round < side.rounds; ++round) {
@@ -91,7 +87,7 @@ __device__ inline void rotate_integers(const SideParams &side, int lane, int32_t
     butterflies(side, lane, y);
   }
   if (side.rounds < 2) return;
-  for (int c = lane; c < side.head_dim; c += 32) y[c] = to_integer_device(float(y[c]), side.round_gain);
+  for (int c = lane; c < side.head_dim; c += 32) y[c] = to_integer(float(y[c]), side.round_gain);
   __syncwarp();
 }
 
@@ -143,7 +139,7 @@ __device__ Outcome encode_one(const SideParams &side, const int32_t *exponent_at
     norm2 = warp_squared_norm(s.a, n, lane);
   }
   const float norm = sqrtf(norm2), gain = side.steps / norm;
-  for (int c = lane; c < n; c += 32) s.y[c] = to_integer_device(s.a[c], gain);
+  for (int c = lane; c < n; c += 32) s.y[c] = to_integer(s.a[c], gain);
   __syncwarp();
   rotate_integers(side, lane, s.y, s.z);
 
@@ -309,8 +305,12 @@ __device__ inline void decode_one(const SideParams &side, float scale, int lane,
   }
   __syncwarp();
   rotate_back(side, lane, s.a, s.b);
-  const float gain = scale * side.decode_gain;
-  for (int c = lane; c < n; c += 32) s.a[c] = __fmaf_rn(s.a[c], gain, 0.0f);
+  const float gain = decode_gain(scale, side.decode_gain);
+  for (int c = lane; c < n; c += 32) {
+    const bool flipped = side.rounds > 0 && (side.signs[0][c >> 5] >> (c & 31) & 1) != 0;
+    const float x = __fmaf_rn(flipped ? -s.a[c] : s.a[c], gain, 0.0f);
+    s.a[c] = flipped ? -x : x;
+  }
   __syncwarp();
 }
 

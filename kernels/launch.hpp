@@ -21,10 +21,11 @@ struct SideShape {
 
 // A Side (src/codec/side.hpp) as the kernels want it: passed by value, no device memory.
 struct SideParams : SideShape {
-  int32_t rounds, base, scale_rule, unit_shift;
+  int32_t rounds, base, scale_rule;
+  int32_t half_cells;  // more cells than |Y| can reach, a multiple of 4
   int32_t thresholds[8];
   float levels[16];
-  float steps, round_gain, scale_gain, decode_gain;
+  float cells, steps, round_gain, scale_gain, decode_gain;
   uint32_t signs[3][kSignWords];  // bit c & 31 of word c >> 5: channel c is negated in that round
   uint64_t base_rows[kMaxBase];   // bit j of row i: entry (i, j) of the base matrix is -1
 };

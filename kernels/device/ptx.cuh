@@ -12,22 +12,27 @@ __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// ld.shared.u32. Not volatile: the compiler may move it, so only for memory that is not written any more.
-__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
-  uint32_t word;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
-  return word;
+// ld.shared.u8. Not volatile: the compiler may move it, so only for memory that is not written any more.
+__device__ __forceinline__ uint32_t load_shared_byte(uint32_t address) {
+  uint32_t byte;
+  asm("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(address));
+  return byte;
+}
+
+// prefetch.global.L2: brings the line of an address into the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void *address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
+}
+
+// Makes the compiler forget what it knows of a value.
+__device__ __forceinline__ void forget(uint4 &v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }
 
 // Shared memory whose size the launch gives; 16-byte aligned.
 __device__ __forceinline__ void *dynamic_shared() {
   extern __shared__ uint4 memory[];
   return memory;
-}
-
-// min(max(x, 0), most), one instruction from sm_90 on.
-__device__ __forceinline__ int clamp_from_zero(int x, int most) {
-  return __vimin_s32_relu(x, most);
 }
 
 // prmt.b32 in the mode that repeats the sign: 0xff where a byte's highest bit is set, 0 where not.
@@ -68,6 +73,18 @@ __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a
         : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
   }
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32: d = A B + c, A [16, 16] and B [16, 8] of f16, subnormal ones
+// included, all 32 lanes together; exact where every sum is. Of lane 4 g + t:
+//   a[0], a[2]: row g, columns 2 t, 2 t + 1 and those + 8; a[1], a[3]: the same of row g + 8
+//   b[0], b[1]: column g, rows 2 t, 2 t + 1 and those + 8
+//   c, d: as above
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
 }  // namespace tqkv::cuda

@@ -42,29 +42,28 @@ struct Slots {
   bool bad = false;
 };
 
-__device__ inline Slots read_slots(const VectorCall &call, const VectorSide &side, int64_t token) {
-  Slots slots;
-  slots.coded = call.slots[token];
-  slots.bad = slots.coded < -1 || slots.coded >= side.tiles.num_slots;
-  if (call.exact_slots != nullptr) {
-    slots.exact = call.exact_slots[token];
-    slots.bad = slots.bad || slots.exact < -1 || slots.exact >= side.exact.num_slots;
-  }
+__device__ inline Slots check_slots(const VectorSide &side, int64_t coded, int64_t exact) {
+  Slots slots{coded, exact};
+  slots.bad =
+      coded < -1 || coded >= side.tiles.num_slots || exact < -1 || (exact != -1 && exact >= side.exact.num_slots);
   return slots;
 }
 
+__device__ inline Slots read_slots(const VectorCall &call, const VectorSide &side, int64_t token) {
+  return check_slots(side, call.slots[token], call.exact_slots != nullptr ? call.exact_slots[token] : -1);
+}
+
 // The same for loading, where an exact slot of any kind makes the coded one unimportant.
-__device__ inline Slots read_load_slots(const VectorCall &call, const VectorSide &side, int64_t token) {
-  Slots slots;
-  slots.coded = call.slots[token];
-  slots.bad = slots.coded < -1 || slots.coded >= side.tiles.num_slots;
-  if (call.exact_slots != nullptr) {
-    slots.exact = call.exact_slots[token];
-    const bool outside = slots.exact < -1 || slots.exact >= side.exact.num_slots;
-    slots.bad = outside || (slots.exact == -1 && slots.bad);
-    if (!outside && slots.exact >= 0) slots.coded = -1;
-  }
+__device__ inline Slots check_load_slots(const VectorSide &side, int64_t coded, int64_t exact) {
+  Slots slots{coded, exact};
+  const bool outside = exact < -1 || (exact != -1 && exact >= side.exact.num_slots);
+  slots.bad = outside || (exact == -1 && (coded < -1 || coded >= side.tiles.num_slots));
+  if (!outside && exact >= 0) slots.coded = -1;
   return slots;
+}
+
+__device__ inline Slots read_load_slots(const VectorCall &call, const VectorSide &side, int64_t token) {
+  return check_load_slots(side, call.slots[token], call.exact_slots != nullptr ? call.exact_slots[token] : -1);
 }
 
 __device__ inline float load_element(const void *data, int type, int64_t at) {
@@ -115,9 +114,14 @@ __device__ inline Outcome store_scale(float value, int scale_type, uint8_t *at) 
   return value > kMaxF16 ? kClamped : kFine;
 }
 
+__device__ inline uint32_t load_scale_bits(int scale_type, const uint8_t *at) {
+  return scale_type == TQ_TYPE_F32 ? *reinterpret_cast<const uint32_t *>(at) : *reinterpret_cast<const uint16_t *>(at);
+}
+__device__ inline float scale_from_bits(int scale_type, uint32_t bits) {
+  return scale_type == TQ_TYPE_F32 ? __uint_as_float(bits) : __half2float(__ushort_as_half(uint16_t(bits)));
+}
 __device__ inline float load_scale(int scale_type, const uint8_t *at) {
-  return scale_type == TQ_TYPE_F32 ? *reinterpret_cast<const float *>(at)
-                                   : __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t *>(at)));
+  return scale_from_bits(scale_type, load_scale_bits(scale_type, at));
 }
 
 __device__ inline int scale_bytes(const SideShape &side) {

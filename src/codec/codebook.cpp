@@ -132,8 +132,9 @@ void finish(const Source &source, Codebook &book, double steps, double reference
 }
 
 // The rounding of `levels` (positive, in sigmas) to half-integers m + 1/2 with m <= 127 that keeps their ratios best: the
-// least mean square of what the levels move, apart from a common factor.
-Codebook fit_to_grid(const Source &source, std::span<const double> levels, double reference_mse) {
+// least mean square of what the levels move, apart from a common factor, or the smallest integers for which it is this
+// unimportant part of the error.
+Codebook fit_to_grid(const Source &source, std::span<const double> levels, double reference_mse, double unimportant) {
   const std::vector<double> masses = source.cell_masses(levels);
   Codebook best;
   double best_steps = 0, best_shift = 0;
@@ -153,9 +154,10 @@ Codebook fit_to_grid(const Source &source, std::span<const double> levels, doubl
       cc += masses[k] * c * c;
     }
     const double shift = ll - lc * lc / cc;
-    // A finer grid must be worth it: equal shifts keep the smaller integers.
+    // Equal shifts keep the smaller integers: they keep tables small.
     if (ascending && (best.count == 0 || shift < best_shift - 1e-12 * ll)) {
       best = book, best_steps = cc / lc, best_shift = shift;
+      if (shift < unimportant * reference_mse) break;
     }
   }
   if (best.count != 0) finish(source, best, best_steps, reference_mse);
@@ -173,7 +175,7 @@ std::array<double, kMaxMagnitudes> lloyd_max_levels(int bits, int head_dim) {
 Codebook lloyd_max_codebook(int bits, int head_dim) {
   const Source source(head_dim);
   const std::vector<double> levels = source.lloyd_max(1 << (bits - 1));
-  return fit_to_grid(source, levels, source.least_mse(levels));
+  return fit_to_grid(source, levels, source.least_mse(levels), 1e-3);
 }
 
 Codebook uniform_codebook(int bits, int head_dim) {
@@ -196,7 +198,7 @@ Codebook custom_codebook(std::span<const double> positive, int head_dim) {
   };
   const double top = minimise(0.2, 8.0, [&](double factor) { return source.least_mse(scaled(factor)); });
   levels = scaled(top);
-  return fit_to_grid(source, levels, source.least_mse(levels));
+  return fit_to_grid(source, levels, source.least_mse(levels), 0);  // the caller's, as near as can be
 }
 
 }  // namespace tqkv

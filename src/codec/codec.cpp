@@ -19,7 +19,7 @@ namespace tqkv {
 namespace {
 
 // Raised whenever the byte order or the arithmetic of stored bytes changes.
-constexpr uint32_t kFormatVersion = 2;
+constexpr uint32_t kFormatVersion = 3;
 
 // Feeds values to a hash as little-endian bytes.
 class Hasher {
@@ -55,7 +55,7 @@ void add_side(Hasher &hash, const Side &side) {
   hash.add(side.matrix.data(), side.matrix.size());
   hash.add(side.levels, kMaxLevels);
   hash.add(side.steps);
-  hash.add(side.unit_shift);
+  hash.add(side.cells);
   hash.add(side.level_unit);
 }
 

@@ -110,11 +110,13 @@ void decode(const Side &side, const uint8_t *records, const void *scales, int n,
     rotate_back(side, row);
     float scale = 0;
     to_f32(static_cast<const uint8_t *>(scales) + i * side.scale_bytes(), side.scale_type, 1, &scale);
-    const float gain = scale * side.decode_gain;
+    const float gain = decode_gain(scale, side.decode_gain);
     for (int c = 0; c < side.head_dim; ++c) {
       // What a fused multiply-add of +0 gives: a product of a zero is +0, one that underflows keeps its sign.
-      const float product = row[c] * gain;
-      row[c] = product == 0 && (row[c] == 0 || gain == 0) ? 0.0f : product;
+      const bool flipped = side.hadamard_rounds > 0 && side.signs[size_t(c)] != 0;
+      const float y = flipped ? -row[c] : row[c], product = y * gain;
+      const float x = product == 0 && (y == 0 || gain == 0) ? 0.0f : product;
+      row[c] = flipped ? -x : x;
     }
   }
 }

@@ -208,12 +208,12 @@ void butterfly_pass(int head_dim, int stride, T *x) {
   }
 }
 
-// All stages from `stride` on, in as few passes as the registers allow.
+// The stages at strides from `stride` to `end` / 2, in as few passes as the registers allow.
 template <class T>
-void butterfly_passes(int head_dim, int stride, T *x) {
+void butterfly_passes(int head_dim, int stride, int end, T *x) {
   constexpr int kMostStages = kLanes == 16 ? 4 : 3;
   int stages = 0;
-  while (stride << stages < head_dim) ++stages;
+  while (stride << stages < end) ++stages;
   while (stages > 0) {
     const int passes = (stages + kMostStages - 1) / kMostStages, now = (stages + passes - 1) / passes;
     if (now == 1) butterfly_pass<2>(head_dim, stride, x);
@@ -225,8 +225,8 @@ void butterfly_passes(int head_dim, int stride, T *x) {
   }
 }
 
-// H_base, or its transpose, for each run of `base` channels. Rows of H_base add one of four sums of each pair of
-// adjacent channels, which are formed once: a + b, b - a, a - b and -a - b, exactly what adding negated terms gives, zeros'
+// H_base, or its transpose, for channels head_dim / base apart. Rows of H_base add one of four sums of each pair of
+// neighbours, which are formed once: a + b, b - a, a - b and -a - b, exactly what adding negated terms gives, zeros'
 // signs included.
 template <class T>
 void apply_base(const Side &side, bool transposed, T *x) {
@@ -243,9 +243,10 @@ void apply_base(const Side &side, bool transposed, T *x) {
     }
   }
   alignas(64) T sums[kMaxBase / 2 * 4 * kLanes];
-  for (T *block = x; block < x + side.head_dim * kLanes; block += base * kLanes) {
+  const int stride = side.head_dim / base * kLanes;
+  for (T *block = x; block < x + stride; block += kLanes) {
     for (int p = 0; p < pairs; ++p) {
-      const V a = load(block + 2 * p * kLanes), b = load(block + (2 * p + 1) * kLanes);
+      const V a = load(block + 2 * p * stride), b = load(block + (2 * p + 1) * stride);
       store(hn::Add(a, b), sums + 4 * p * kLanes);
       store(hn::Sub(b, a), sums + (4 * p + 1) * kLanes);
       store(hn::Sub(a, b), sums + (4 * p + 2) * kLanes);
@@ -257,7 +258,7 @@ void apply_base(const Side &side, bool transposed, T *x) {
       for (int p = 2; p < pairs; p += 2) {
         sum = hn::Add(sum, hn::Add(load(sums + choice[p]), load(sums + choice[p + 1])));
       }
-      store(sum, block + i * kLanes);
+      store(sum, block + i * stride);
     }
   }
 }
@@ -292,14 +293,14 @@ void apply_matrix(const Side &side, bool transposed, float *x) {
 
 // Whether the first butterflies of a rotation are done while a block of kLanes channels is in registers.
 bool begins_in_registers(const Side &side) {
-  return side.hadamard_rounds > 0 && side.base == 1;
+  return side.hadamard_rounds > 0 && side.head_dim / side.base % kLanes == 0;
 }
 
 // One Hadamard round without its signs; `begun`: less the butterflies that were done in registers.
 template <class T>
 void hadamard(const Side &side, bool transposed, bool begun, T *x) {
   if (side.base > 1) apply_base(side, transposed, x);
-  butterfly_passes(side.head_dim, begun ? kLanes : side.base, x);
+  butterfly_passes(side.head_dim, begun ? kLanes : 1, side.head_dim / side.base, x);
 }
 
 // Rows [n, head_dim], one a lane.
@@ -315,7 +316,7 @@ void load_rows(int head_dim, const float *rows, int n, float *x) {
 // to_integer() of quantize.hpp.
 HWY_INLINE I to_integer(F v, F gain) {
   const F bias = hn::Set(kF, kRoundingBias);
-  return hn::Sub(hn::BitCast(kI, hn::MulAdd(v, gain, bias)), hn::BitCast(kI, bias));
+  return hn::Sub(hn::BitCast(kI, hn::Add(hn::Mul(v, gain), bias)), hn::BitCast(kI, bias));
 }
 
 HWY_INLINE I negate_where(I v, uint32_t sign_bit) {
@@ -366,8 +367,8 @@ void store_rotated_back(const Side &side, float *x, const float *gains, int n, f
     const U flips = signs != nullptr ? hn::LoadU(kU, signs + c) : hn::Zero(kU);
     TQKV_UNROLL for (int i = 0; i < kLanes; ++i) {
       const int row = i < n ? i : n - 1;
-      const F v = bits_to_float(hn::Xor(float_to_bits(block[i]), flips));
-      hn::StoreU(hn::MulAdd(v, hn::Set(kF, gains[row]), hn::Zero(kF)), kF, rows + row * head_dim + c);
+      const F v = hn::MulAdd(block[i], hn::Set(kF, gains[row]), hn::Zero(kF));
+      hn::StoreU(bits_to_float(hn::Xor(float_to_bits(v), flips)), kF, rows + row * head_dim + c);
     }
   }
 }
@@ -492,10 +493,10 @@ HWY_INLINE void quantize_chunk(const Magnitudes<kBits> &magnitudes, const Table 
   U word[2] = {hn::Zero(kU), hn::Zero(kU)}, plane1 = hn::Zero(kU);
   TQKV_UNROLL for (int i = 0; i < kChunk; ++i) {
     const I v = load(y + (c + i) * kLanes), sign_mask = hn::BroadcastSignBit(v);
-    const U magnitude = hn::BitCast(kU, magnitudes(hn::Xor(v, sign_mask)));
+    size[i] = hn::Abs(v);
+    const U magnitude = hn::BitCast(kU, magnitudes(size[i]));
     u[i] = hn::BitCast(kI, levels[magnitude]);
     squares[i] = hn::BitCast(kI, level_squares[magnitude]);
-    size[i] = hn::Abs(v);
     if constexpr (kBits == 4) {
       const int sign = nibble_sign_bit(i) & 31;
       U &w = word[i / 8];
@@ -759,7 +760,8 @@ void decode_lanes(const Side &side, const uint8_t *records, const uint8_t *scale
   alignas(64) float gains[kLanes];
   std::memcpy(aligned_scales, scales, size_t(n * scale_bytes(side)));
   to_f32_of_type(aligned_scales, side.scale_type, kLanes, gains);
-  hn::Store(hn::Mul(hn::Load(kF, gains), hn::Set(kF, side.decode_gain)), kF, gains);
+  const U products = float_to_bits(hn::Mul(hn::Load(kF, gains), hn::Set(kF, side.decode_gain)));
+  hn::Store(bits_to_float(hn::And(products, hn::Set(kU, ~3u))), kF, gains);  // decode_gain() of quantize.hpp
   store_rotated_back(side, x.of, gains, n, rows);
 }
 

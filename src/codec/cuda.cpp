@@ -3,7 +3,10 @@
 
 #ifdef TQKV_HAVE_CUDA
 
+#include <cmath>
+
 #include "codec/cuda_run.hpp"
+#include "codec/quantize.hpp"
 #include "runtime/device.hpp"
 
 namespace tqkv {
@@ -21,7 +24,10 @@ cuda::SideParams side_params(const Side &side) {
   p.scale_rule = side.scale_rule;
   std::copy_n(side.thresholds, kMaxMagnitudes, p.thresholds);
   std::copy_n(side.levels, kMaxLevels, p.levels);
-  p.unit_shift = side.unit_shift;
+  p.cells = side.cells;
+  // |Y_c| is at most sqrt(head_dim) |X|, and X differs from its vector by at most half a unit a coordinate.
+  const double root = std::sqrt(double(side.head_dim)), most = root * (double(kUnits) + root) + 1;
+  p.half_cells = (cell_of(int(most), side.cells) + 8) / 4 * 4;
   p.steps = side.steps;
   p.round_gain = side.round_gain;
   p.scale_gain = side.scale_gain;

@@ -6,15 +6,18 @@
 // ENCODING x to codes and a scale:
 //   norm2 = |x|^2              by squared_norm(); outside [kMinSquaredNorm, kMaxSquaredNorm] x is multiplied by a power
 //                              of two first and the scale by its inverse at the end
-//   X_c = x_c * (side.steps / sqrt(norm2)), to the nearest integer, ties to even, rounded once
+//   X_c = the f32 product x_c * (side.steps / sqrt(norm2)), to the nearest integer, ties to even
 //   Y = the Hadamard rounds of rotation.hpp applied to X, exact; after more than one round, Y_c * side.round_gain to the
 //       nearest integer. A dense rotation is applied to x instead, in f32, after norm2 and before X, and Y = X.
-//   Y_c is the coordinate in units of 2^-side.unit_shift grid steps, and |Y| = side.y_norm but for rounding. The unit is
-//   about 1/6000 of the coordinates' root mean square: it costs less than a millionth of the squared error.
+//   Y_c is the coordinate in units of which the coordinates' root mean square has kUnits, and |Y| = side.y_norm but for
+//   rounding. The unit's square is a millionth of the squared error at 4 bits; X is exact in f16, |X_c| <= kUnits.
 //   code_c = choose_code(Y_c), which stands for the odd integer u_c = 2 grid + 1
 //   scale = choose_scale(...)
+//
+// DECODING: x_c = +-(sum of +-u) * decode_gain(...), rounded once, the random sign of the first round last.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -40,17 +43,26 @@ TQKV_HOST_DEVICE float squared_norm(const float *x, int head_dim) {
   return cells[0];
 }
 
-// The integer nearest to x * gain, ties to even, below 2^22: adding kRoundingBias by a fused multiply-add leaves it in the
-// sum's last bits. In doubles the product is exact.
+inline constexpr int kUnits = 2047, kUnits8 = 32766;  // at 8 bits
+
+// The integer nearest to the f32 product x * gain, ties to even, below 2^22: adding kRoundingBias leaves it in the sum's
+// last bits.
 inline constexpr float kRoundingBias = 0x1.8p23f;
-inline int to_integer(float x, float gain) {
-  return int((double(x) * double(gain) + 0x1.8p52) - 0x1.8p52);
+TQKV_HOST_DEVICE int to_integer(float x, float gain) {
+  const float product = x * gain;
+  return int((product + kRoundingBias) - kRoundingBias);
+}
+
+// Cells of Y: floor(Y_c * side.cells), exact. They do not straddle thresholds: a table has an entry a cell. The factor's
+// last bit is set, so that the product with no Y but 0 is an integer, and -Y is in the mirror image of Y's cell.
+inline int cell_of(int y, float cells) {
+  return int(std::floor(double(y) * double(cells)));
 }
 
 // The code of Y_c as record.hpp defines it: its level's index is the number of thresholds not above Y_c, of which 0 is
-// the middle one. `thresholds`: the positive ones, between neighbouring magnitudes.
+// the middle one, and -Y_c has the mirror image of Y_c's. `thresholds`: the positive ones, between neighbouring magnitudes.
 TQKV_HOST_DEVICE unsigned choose_code(int y, const int *thresholds, int bits) {
-  const int folded = y < 0 ? ~y : y;
+  const int folded = y < 0 ? -y : y;
   const int count = 1 << (bits - 1);
   int magnitude = 0;
   for (int i = 0; i + 1 < count; ++i) magnitude += folded >= thresholds[i];
@@ -66,6 +78,12 @@ TQKV_HOST_DEVICE int choose_grid8(int y, float gain) {
   const float a = float(y < 0 ? -y : y) * gain;
   const int m = a < 127.0f ? int(a) : 127;
   return y < 0 ? ~m : m;
+}
+
+// The factor of a decoded vector. Its last two bits are zero so that 3 * 2^22 times it is exact: sums that are left in the
+// bits of kRoundingBias + sum become values by one fused multiply-add.
+TQKV_HOST_DEVICE float decode_gain(float scale, float side_gain) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(scale * side_gain) & ~3u);
 }
 
 // The stored scale before rounding to its type: norm = |x|, dot = <Y, u>, uu = |u|^2; `gain` belongs to the rule.

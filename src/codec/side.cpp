@@ -58,8 +58,7 @@ void set_rotation(const tq_side_config &config, uint64_t seed, Side &side) {
 
 [[nodiscard]] tq_status set_codebook(const tq_side_config &config, const char *name, Side &side) {
   const int bits = side.bits;
-  constexpr double kMostSteps = 32766;  // of a coordinate of X: 16 bits
-  double units_per_sigma = kMostSteps;
+  const double units_per_sigma = bits == 8 ? kUnits8 : kUnits;
   if (bits == 8) {
     side.level_unit = 0x1p-4f;  // the largest of 576 coordinates is about 3.5 times their root mean square
   } else {
@@ -85,14 +84,14 @@ void set_rotation(const tq_side_config &config, uint64_t seed, Side &side) {
         side.levels[count - 1 - k] = float(-odd(k));
       }
     }
-    // A coordinate's root mean square: about 2^12 to 2^13 units, and half a step, which thresholds are multiples of, at
-    // least 2^7 of them where 16 bits can hold that.
-    const double sigma = side.book.steps_per_sigma;
-    side.unit_shift = std::max(8, 13 - int(std::ceil(std::log2(sigma))));
-    while (std::ldexp(sigma, side.unit_shift) > kMostSteps) --side.unit_shift;
-    units_per_sigma = std::ldexp(sigma, side.unit_shift);
+    // A cell is half a step, which thresholds are multiples of.
+    const auto cells = std::bit_cast<uint32_t>(float(2 * side.book.steps_per_sigma / units_per_sigma));
+    side.cells = std::bit_cast<float>(cells | 1);
     for (int k = 0; k + 1 < count; ++k) {
-      side.thresholds[k] = int(std::ldexp(double(odd(k) + odd(k + 1)) / 4, side.unit_shift));
+      const int cell = (odd(k) + odd(k + 1)) / 2;
+      int least = int(cell / double(side.cells)) - 2;
+      while (cell_of(least, side.cells) < cell) ++least;
+      side.thresholds[k] = least;
     }
     // A stored scale then is about the root mean square of the vector's coordinates and never exceeds it by the rules,
     // so that fp16 scales cover what fp16 vectors can hold.
@@ -240,29 +239,28 @@ namespace {
 
 template <class T>
 void apply_base(const Side &side, bool transpose, T *x) {
-  const int m = side.base;
+  const int m = side.base, stride = side.head_dim / m;
   T y[36];
-  for (int block = 0; block < side.head_dim; block += m) {
-    T *v = x + block;
+  for (T *v = x; v < x + stride; ++v) {
     for (int i = 0; i < m; ++i) {
       T sum = 0;
       for (int j = 0; j < m; j += 4) {
         const auto term = [&](int k) {
           const int8_t h = side.base_matrix[size_t(transpose ? (j + k) * m + i : i * m + j + k)];
-          return h < 0 ? -v[j + k] : v[j + k];
+          return h < 0 ? -v[(j + k) * stride] : v[(j + k) * stride];
         };
         const T group = (term(0) + term(1)) + (term(2) + term(3));
         sum = j == 0 ? group : sum + group;
       }
       y[i] = sum;
     }
-    std::copy_n(y, m, v);
+    for (int i = 0; i < m; ++i) v[i * stride] = y[i];
   }
 }
 
 template <class T>
 void butterflies(const Side &side, T *x) {
-  for (int stride = side.base; stride < side.head_dim; stride *= 2) {
+  for (int stride = 1; stride < side.head_dim / side.base; stride *= 2) {
     for (int i = 0; i < side.head_dim; i += 2 * stride) {
       for (int j = i; j < i + stride; ++j) {
         const T a = x[j], b = x[j + stride];

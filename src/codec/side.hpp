@@ -34,8 +34,8 @@ struct Side {
   float decode_gain = 0;  // rotation_gain * level_unit / 2
 
   // Encoding: quantize.hpp.
-  int unit_shift = 0;
   int thresholds[kMaxMagnitudes] = {};  // between magnitudes, in units
+  float cells = 0;                      // a unit
   float y_norm = 0, steps = 0, round_gain = 0;
   float scale_gain = 0;  // of the scale rule
 

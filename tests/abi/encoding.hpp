@@ -23,9 +23,9 @@ Interval factors(const oracle::Side &side, const Record &record, const oracle::V
 
 double scale_formula(int32_t rule, const oracle::Vector &y, const oracle::Vector &levels);
 
-// Coordinates are coded from integers of which the rotated vector's root mean square is at least 2^12. The sum of
-// their roundings is random: six standard deviations of it, relative to a vector of this length.
-inline constexpr double kCoordinateSlack = 6 * 0.289 / 4096;
+// Coordinates are coded from integers of which the rotated vector's root mean square is 2047. The sum of their
+// roundings is random: six standard deviations of it, relative to a vector of this length.
+inline constexpr double kCoordinateSlack = 6 * 0.289 / 2047;
 
 // Half a unit in the last place of a scale of this type, what f32 arithmetic may add, and what the coordinates'
 // roundings do to the rules that have <y, levels> in them.

@@ -208,12 +208,13 @@ std::vector<int> rotation_signs(int head_dim, int32_t side, int round, uint64_t 
 Matrix hadamard_rotation(int head_dim, int32_t side, int rounds, uint64_t seed) {
   const int base_order = hadamard_base_order(head_dim);
   const Matrix base = base_hadamard(base_order);
-  Matrix h(head_dim);  // Sylvester's matrix (x) the base matrix
+  Matrix h(head_dim);  // the base matrix (x) Sylvester's
+  const int power = head_dim / base_order;
   for (int i = 0; i < head_dim; ++i) {
     for (int j = 0; j < head_dim; ++j) {
-      int common = (i / base_order) & (j / base_order), parity = 0;
+      int common = (i % power) & (j % power), parity = 0;
       for (; common; common &= common - 1) parity ^= 1;
-      h(i, j) = (parity ? -1 : 1) * base(i % base_order, j % base_order) / std::sqrt(double(head_dim));
+      h(i, j) = (parity ? -1 : 1) * base(i / power, j / power) / std::sqrt(double(head_dim));
     }
   }
   Matrix rotation(head_dim);

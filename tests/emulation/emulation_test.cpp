@@ -76,7 +76,10 @@ __global__ void reverse(uint32_t *words) {
   __syncthreads();
   given[i] = table[255 - i];
   __syncthreads();
-  words[blockIdx.x * 256 + i] = load_shared(shared_address(given) + 0x80000000u + i * 4 - 0x80000000u);
+  const uint32_t at = shared_address(given) + i * 4;
+  uint32_t word = 0;
+  for (unsigned k = 0; k < 4; ++k) word |= load_shared_byte(at + k) << (8 * k);
+  words[blockIdx.x * 256 + i] = word;
 }
 
 // ---- collectives
@@ -269,39 +272,29 @@ TEST_CASE("a race: ThreadSanitizer must report it", "[.][race]") {
 
 // ---- arithmetic
 
-TEST_CASE("sums rounded down are what the processor rounds down") {
+TEST_CASE("products and sums rounded towards zero are what the processor makes of them") {
   std::mt19937_64 random(tqkv_test::seed());
   INFO("repeat with TQKV_TEST_SEED=" << tqkv_test::seed());
-  const auto processor = [](float a, float b) {
-    std::fesetround(FE_DOWNWARD);
-    volatile float x = a, y = b;
-    volatile float sum = x + y;
+  const auto processor = [](float a, float b, float c) {
+    std::fesetround(FE_TOWARDZERO);
+    volatile double x = a, y = b, z = c;
+    volatile float sum = float(x * y + z);  // product and sum are exact
     std::fesetround(FE_TONEAREST);
     return float(sum);
   };
-  const auto same = [&](float a, float b) {
-    const float want = processor(a, b), got = __fadd_rd(a, b);
-    INFO(a << " + " << b << " is " << want << ", not " << got);
-    CHECK(((std::isnan(want) && std::isnan(got)) || __float_as_uint(want) == __float_as_uint(got)));
-  };
-  const float special[] = {0.0f,     -0.0f,     1.0f, -1.0f,   0x1p-149f, -0x1p-149f, 0x1.fffffep127f, -0x1.fffffep127f,
-                           INFINITY, -INFINITY, NAN,  0x1p15f, 0x1p-24f};
-  for (const float a : special) {
-    for (const float b : special) same(a, b);
-  }
   for (int i = 0; i < 100000; ++i) {
-    const float a = __uint_as_float(uint32_t(random()));
-    const uint32_t near = (__float_as_uint(a) & 0xff800000) ^ uint32_t(random() % 32) << 23;  // within 32 powers of two
-    if (std::isfinite(a))
-      same(a, __uint_as_float((near | (uint32_t(random()) & 0x7fffff)) ^ uint32_t(random() % 2) << 31));
+    const float a = float(int(random() % 131072) - 65536) * 0x1p-36f;
+    const float b = ldexpf(float(random() % 0x1000000), -137), c = __uint_as_float(uint32_t(random() % 0x40000));
+    const float want = processor(a, b, c), got = __fmaf_rz(a, b, c);
+    INFO(a << " * " << b << " + " << c << " is " << want << ", not " << got);
+    CHECK(__float_as_uint(want) == __float_as_uint(got));
   }
 }
 
-TEST_CASE("a number is clamped from zero") {
-  CHECK(clamp_from_zero(5, 7) == 5);
-  CHECK(clamp_from_zero(9, 7) == 7);
-  CHECK(clamp_from_zero(-1, 7) == 0);
-  CHECK(clamp_from_zero(INT32_MIN, INT32_MAX) == 0);
+TEST_CASE("products of bytes are added") {
+  CHECK(__dp4a(0xff020304u, 0xff050607u, 1u) == 1 + 255 * 255 + 10 + 18 + 28);
+  CHECK(__dp2a_lo(0xffff0002u, 0x0a0bff03u, 1u) == 1 + 65535 * 255 + 6);
+  CHECK(__dp2a_hi(0xffff0002u, 0x0a0bff03u, 1u) == 1 + 65535 * 10 + 22);
 }
 
 TEST_CASE("bytes are permuted, and their signs repeated") {
@@ -381,7 +374,38 @@ void check_product(std::mt19937_64 &random) {
   }
 }
 
+__global__ void multiply_halves(const uint16_t *a, const uint16_t *b, const float *c, float *d) {
+  const unsigned group = threadIdx.x / 4, in_group = threadIdx.x % 4;
+  const auto pair = [](const uint16_t *from) { return uint32_t{from[1]} << 16 | from[0]; };
+  uint32_t x[4], y[2];
+  for (unsigned i = 0; i < 4; ++i) x[i] = pair(a + (group + i % 2 * 8) * 16 + i / 2 * 8 + 2 * in_group);
+  for (unsigned i = 0; i < 2; ++i) y[i] = pair(b + group * 16 + i * 8 + 2 * in_group);
+  float sum[4];
+  for (unsigned i = 0; i < 4; ++i) sum[i] = c[(group + i / 2 * 8) * 8 + 2 * in_group + i % 2];
+  mma_m16n8k16(sum, x, y, sum);
+  for (unsigned i = 0; i < 4; ++i) d[(group + i / 2 * 8) * 8 + 2 * in_group + i % 2] = sum[i];
+}
+
 }  // namespace
+
+TEST_CASE("a warp's product of matrices of halves is the matrices' product") {
+  std::mt19937_64 random(tqkv_test::seed());
+  INFO("repeat with TQKV_TEST_SEED=" << tqkv_test::seed());
+  std::vector<uint16_t> a(16 * 16), b(8 * 16);  // integers times f16's least number, and -1, 0 or 1/4096
+  std::vector<float> c(16 * 8), d(16 * 8);
+  const auto integer = [](uint16_t bits) { return int(bits & 0x7fff) * ((bits & 0x8000) != 0 ? -1 : 1); };
+  for (uint16_t &x : a) x = uint16_t(random() % 2048 | (random() % 2) << 15);
+  for (uint16_t &x : b) x = uint16_t(std::array{0x0c00, 0, 0x8c00}[random() % 3]);
+  for (float &x : c) x = float(int(random() % 2001) - 1000) * 0x1p-36f;
+  REQUIRE(launch(multiply_halves, 1, 32, 0, nullptr, a.data(), b.data(), c.data(), d.data()) == cudaSuccess);
+  for (size_t row = 0; row < 16; ++row) {
+    for (size_t column = 0; column < 8; ++column) {
+      int sum = int(c[row * 8 + column] * 0x1p36f);
+      for (size_t k = 0; k < 16; ++k) sum += integer(a[row * 16 + k]) * (integer(b[column * 16 + k]) / 0x0c00);
+      CHECK(d[row * 8 + column] == float(sum) * 0x1p-36f);
+    }
+  }
+}
 
 TEST_CASE("a warp's matrix product is the matrices' product") {
   std::mt19937_64 random(tqkv_test::seed());

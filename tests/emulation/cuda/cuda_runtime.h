@@ -97,14 +97,22 @@ inline int __ffs(int x) {
 inline float __fmaf_rn(float a, float b, float c) {
   return fmaf(a, b, c);
 }
-
-// a + b rounded down: the sum to nearest, and what that left out, which is a float.
-inline float __fadd_rd(float a, float b) {
-  const float sum = a + b;
-  if (!isfinite(sum)) return isinf(sum) && sum > 0 && isfinite(a) && isfinite(b) ? 0x1.fffffep127f : sum;
-  const float from_b = sum - a, error = (a - (sum - from_b)) + (b - from_b);
-  if (error < 0) return nextafterf(sum, -INFINITY);
-  return sum == 0 && (signbit(a) || signbit(b)) ? -0.0f : sum;
+// Rounded towards zero; stops at a sum that is no double.
+inline float __fmaf_rz(float a, float b, float c) {
+  const double product = double(a) * double(b), sum = product + double(c);
+  if (sum - double(c) != product || sum - product != double(c)) ::emulation::stop("__fmaf_rz(%a, %a, %a)", a, b, c);
+  const float nearest = float(sum);
+  return fabs(double(nearest)) > fabs(sum) ? nextafterf(nearest, 0.0f) : nearest;
+}
+inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
+  return c;
+}
+inline uint32_t __dp2a_lo(uint32_t a, uint32_t b, uint32_t c) {
+  return c + (a & 0xffff) * (b & 0xff) + (a >> 16) * (b >> 8 & 0xff);
+}
+inline uint32_t __dp2a_hi(uint32_t a, uint32_t b, uint32_t c) {
+  return __dp2a_lo(a, b >> 16, c);
 }
 
 // Byte i of the result is byte (selector >> 4 * i) of a and b; a selector above 7 has no meaning.

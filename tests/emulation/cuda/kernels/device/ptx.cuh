@@ -14,13 +14,9 @@ inline void *dynamic_shared() {
   return ::emulation::dynamic_shared();
 }
 
-inline int clamp_from_zero(int x, int most) {
-  return std::max(std::min(x, most), 0);
-}
-
-// Shared memory's 32-bit window: addresses wrap around, as the kernels' arithmetic on them may.
+// Where shared memory's addresses count from: a block's own begins after a kilobyte, as on a device.
 inline uintptr_t shared_window() {
-  return reinterpret_cast<uintptr_t>(dynamic_shared()) - (uintptr_t{1} << 31);
+  return reinterpret_cast<uintptr_t>(dynamic_shared()) - 1024;
 }
 
 inline uint32_t shared_address(const void *pointer) {
@@ -29,10 +25,13 @@ inline uint32_t shared_address(const void *pointer) {
   return uint32_t(offset);
 }
 
-// ld.shared.u32
-inline uint32_t load_shared(uint32_t address) {
-  return *reinterpret_cast<const uint32_t *>(shared_window() + address);
+// ld.shared.u8
+inline uint32_t load_shared_byte(uint32_t address) {
+  return *reinterpret_cast<const uint8_t *>(shared_window() + address);
 }
+
+inline void forget(uint4 &) {}
+inline void prefetch_l2(const void *) {}
 
 // prmt.b32, default mode: a selector's bit 3 takes the sign of the byte, eight times.
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
@@ -102,6 +101,45 @@ void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     all.for_each([&](unsigned lane, Fragments &f) {
       for (unsigned i = 0; i < 4; ++i) {
         f.d[i] = int32_t(product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] + uint32_t(f.c[i]));
+      }
+    });
+  });
+}
+
+inline double f64_from_f16(uint32_t bits) {
+  const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double size = exponent == 0 ? ldexp(double(mantissa), -24) : ldexp(double(1024 + mantissa), int(exponent) - 25);
+  return (bits & 0x8000) != 0 ? -size : size;
+}
+
+// mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 of finite numbers whose sums are exact; stops at one that is not. Of
+// lane 4 g + t:
+//   a[0], a[2]: row g, columns 2 t, 2 t + 1 and those + 8; a[1], a[3]: the same of row g + 8
+//   b[0], b[1]: column g, rows 2 t, 2 t + 1 and those + 8
+//   c, d: as above
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  struct Fragments {
+    const uint32_t *a, *b;
+    const float *c;
+    float *d;
+  } mine{a, b, c, d};
+  ::emulation::collective("mma.m16n8k16", 0xffffffff, mine, [](const ::emulation::Exchanges<Fragments> &all) {
+    const auto half = [](uint32_t word, unsigned k) { return f64_from_f16(word >> (16 * (k % 2)) & 0xffff); };
+    double product[16][8] = {};
+    for (unsigned row = 0; row < 16; ++row) {
+      for (unsigned column = 0; column < 8; ++column) {
+        for (unsigned k = 0; k < 16; ++k) {
+          const unsigned t = k % 8 / 2;
+          product[row][column] +=
+              half(all[4 * (row % 8) + t].a[row / 8 + 2 * (k / 8)], k) * half(all[4 * column + t].b[k / 8], k);
+        }
+      }
+    }
+    all.for_each([&](unsigned lane, Fragments &f) {
+      for (unsigned i = 0; i < 4; ++i) {
+        const double sum = product[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] + double(f.c[i]);
+        if (double(float(sum)) != sum) ::emulation::stop("mma.m16n8k16: %a is no f32 number", sum);
+        f.d[i] = float(sum);
       }
     });
   });
