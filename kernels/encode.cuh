@@ -187,20 +187,21 @@ static __device__ __noinline__ void store_exact(const VectorCall &call, const Ve
                                                 int64_t first, int head, int outcome) {
   const int n = v.side.head_dim;
   const float limit = raw_limit(v.side.raw_type);
+  const Rows &from = v.matrix != nullptr ? v.original : v.rows;
   for (; rows != 0; rows &= rows - 1) {
     const int64_t token = first + __ffs(int(rows)) - 1, slot = call.exact_slots[token];
     uint8_t *tile = tile_at(v.exact, slot, head) + v.exact.codes_offset;
-    const int64_t at = token * v.rows.token_stride + head * v.rows.head_stride;
+    const int64_t at = token * from.token_stride + head * from.head_stride;
     bool finite = true, clamped = false;
     for (int c = lane_index(); c < n; c += 32) {
-      const float x = load_element(v.rows.data, v.rows.type, at + c);
+      const float x = load_element(from.data, from.type, at + c);
       finite = finite && isfinite(x);
       clamped = clamped || fabsf(x) > limit;
     }
     finite = __all_sync(kAll, finite);
     clamped = __any_sync(kAll, clamped);
     for (int c = lane_index(); c < n; c += 32) {
-      const float x = load_element(v.rows.data, v.rows.type, at + c);
+      const float x = load_element(from.data, from.type, at + c);
       store_element(tile, v.side.raw_type, slot % kTileTokens * n + c,
                     !finite      ? 0.0f
                     : x < -limit ? -limit
@@ -213,9 +214,12 @@ static __device__ __noinline__ void store_exact(const VectorCall &call, const Ve
   }
 }
 
+// Instead of a type: bf16 rows some of which this kernel writes again.
+inline constexpr int kRewritten = -1;
+
 // Where the chunks of a lane in rows g and g + 8 come from.
 struct RowInput {
-  const VectorSide &v;
+  const Rows &rows;
   const float *offset;  // of the lane's first channel
   int64_t at[2];        // of the first chunk
   uint32_t wanted;      // bits of rows; of the others kType 0 makes ones
@@ -224,16 +228,17 @@ struct RowInput {
   // Chunk t of row g + 8 r as it is in memory; of f32 the second half is read with its values.
   template <int kType>
   __device__ __forceinline__ uint4 read(int r, int t) const {
-    return __ldg(reinterpret_cast<const uint4 *>(address<kType>(r, t)));
+    const auto *chunk = reinterpret_cast<const uint4 *>(address<kType>(r, t));
+    return kType == kRewritten ? *chunk : __ldg(chunk);
   }
-  // Its values. `kType`: 0 for everything, else rows of this type with neither offset nor exponent.
+  // Its values. `kType`: 0 for everything, kRewritten the same, else rows of this type with neither offset nor exponent.
   template <int kType>
   __device__ __forceinline__ void unpack(int r, int t, const uint4 &raw, float *x) const {
-    const int type = kType == 0 ? v.rows.type : kType;
+    const int type = kType == 0 ? rows.type : kType == kRewritten ? TQ_TYPE_BF16 : kType;
     uint4 rest = raw;
     if (type == TQ_TYPE_F32) rest = __ldg(reinterpret_cast<const uint4 *>(address<kType>(r, t)) + 1);
     unpack_chunk(type, raw, rest, x);
-    if constexpr (kType == 0) {
+    if constexpr (kType <= 0) {
       // Rounded twice only below what changes a sum of squares of about 1.
       const int half = -exponent[r] / 2;
       const float first = power_of_two(half), second = power_of_two(-exponent[r] - half);
@@ -249,7 +254,7 @@ struct RowInput {
   // Calls body(integral_constant) with the 16-bit type of the rows.
   template <class Body>
   __device__ __forceinline__ void with_type(Body &&body) const {
-    if (v.rows.type == TQ_TYPE_BF16) {
+    if (rows.type == TQ_TYPE_BF16) {
       body(std::integral_constant<int, TQ_TYPE_BF16>());
     } else {
       body(std::integral_constant<int, TQ_TYPE_F16>());
@@ -259,8 +264,8 @@ struct RowInput {
  private:
   template <int kType>
   __device__ __forceinline__ const uint8_t *address(int r, int t) const {
-    const int bytes = (kType == 0 ? v.rows.type : kType) == TQ_TYPE_F32 ? 4 : 2;
-    return static_cast<const uint8_t *>(v.rows.data) + (at[r] + 32 * t) * bytes;
+    const int bytes = (kType == 0 ? rows.type : kType) == TQ_TYPE_F32 ? 4 : 2;
+    return static_cast<const uint8_t *>(rows.data) + (at[r] + 32 * t) * bytes;
   }
   __device__ __forceinline__ static float power_of_two(int n) {
     return __uint_as_float(uint32_t(n + 127) << 23);
@@ -268,12 +273,12 @@ struct RowInput {
 };
 
 // Of a group of tokens and a head.
-__device__ __forceinline__ RowInput row_input(const VectorCall &call, const VectorSide &v, uint32_t group, int head) {
-  RowInput input{v, nullptr, {0, 0}, 0, {0, 0}};
+__device__ __forceinline__ RowInput row_input(const VectorCall &call, const Rows &rows, uint32_t group, int head) {
+  RowInput input{rows, nullptr, {0, 0}, 0, {0, 0}};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {  // the last row also for what there would be past it
     const int64_t row = min(int64_t{group} * kRows + lane_row() + 8 * r, call.tokens - 1);
-    input.at[r] = row * v.rows.token_stride + head * v.rows.head_stride + 8 * lane_part();
+    input.at[r] = row * rows.token_stride + head * rows.head_stride + 8 * lane_part();
   }
   return input;
 }
@@ -309,9 +314,9 @@ __device__ __forceinline__ Extremes find_extremes(const RowInput &input) {
   return found;
 }
 
-// The values of both rows. `kAny`: whatever the rows are; else they have 16-bit types and no offset, and few enough
-// channels stay in registers as they are in memory. Others are read again, from the L1 cache.
-template <int kHeadDim, bool kAny>
+// The values of both rows. `kAny`: whatever the rows are, as kAnyType; else they have 16-bit types and no offset, and few
+// enough channels stay in registers as they are in memory. Others are read again, from the L1 cache.
+template <int kHeadDim, bool kAny, int kAnyType = 0>
 struct RowValues {
   static constexpr int kSteps = kHeadDim / 32;
   static constexpr bool kKept = kHeadDim <= 128 && !kAny;
@@ -481,16 +486,17 @@ __device__ __forceinline__ T sum_of_four(T x) {
 }
 
 // Codes and sums of rows to the warp's memory; next() when their values are not needed any more.
-template <int kHeadDim, bool kRotated, bool kDot, bool kAny, class Next>
+template <int kHeadDim, bool kRotated, bool kDot, bool kAny, int kAnyType, class Next>
 __device__ __forceinline__ void choose_codes(const SideParams &side, const RowInput &input,
-                                             RowValues<kHeadDim, kAny> &values, const float (&gain)[2], Next &&next) {
+                                             RowValues<kHeadDim, kAny, kAnyType> &values, const float (&gain)[2],
+                                             Next &&next) {
   auto &shared = EncodeShared<kHeadDim>::get();
   auto &warp = EncodeShared<kHeadDim>::warp();
   const uint32_t cell_of_0 = shared_address(shared.table) + uint32_t(side.half_cells);
   Chooser<kHeadDim, kDot> chooser{side.cells * kPerBit, __uint_as_float(cell_of_0), shared.magnitudes, side.bits == 4};
   const auto for_each = [&](auto &&body) {
     if constexpr (kAny) {
-      values.template for_each<0>(input, body);
+      values.template for_each<kAnyType>(input, body);
     } else {
       input.with_type([&](auto type) { values.template for_each<type>(input, body); });
     }
@@ -594,8 +600,28 @@ __device__ __forceinline__ void write_codes(const VectorCall &call, const Vector
   if (v.side.bits == 1) write(std::integral_constant<int, 1>());
 }
 
-// One item, whatever its rows are.
-template <int kHeadDim, bool kRotated>
+// Rows that were rotated in bf16, which did them no good: their originals times 2^-exponent, rotated in f32 instead.
+template <int kHeadDim>
+__device__ __noinline__ void rotate_again(const VectorSide &v, uint32_t group, int head, uint32_t rows,
+                                          const int32_t *exponents) {
+  for (; rows != 0; rows &= rows - 1) {
+    const int row = __ffs(int(rows)) - 1;
+    const int64_t token = int64_t{group} * kRows + row;
+    const int64_t from = token * v.original.token_stride + head * v.original.head_stride;
+    const int64_t to = token * v.rows.token_stride + head * v.rows.head_stride;
+    for (int c = lane_index(); c < kHeadDim; c += 32) {
+      float sum = 0;
+      for (int j = 0; j < kHeadDim; ++j) {
+        const float x = load_element(v.original.data, v.original.type, from + j);
+        sum = __fmaf_rn(v.matrix[c * kHeadDim + j], times_power_of_two(x, -exponents[row]), sum);
+      }
+      store_element(v.rows.data, v.rows.type, to + c, sum);
+    }
+  }
+}
+
+// One item, whatever its rows are. `kDense`: rows that were rotated before.
+template <int kHeadDim, bool kRotated, bool kDense = false>
 __device__ __noinline__ void encode_any(const VectorCall &call, const VectorSide &v, uint32_t group, int head) {
   auto &warp = EncodeShared<kHeadDim>::warp();
   const SideParams &side = v.side;
@@ -615,27 +641,52 @@ __device__ __noinline__ void encode_any(const VectorCall &call, const VectorSide
   const uint32_t exact = __ballot_sync(kAll, slots.exact != -1) & 0xffff;
   int outcome = kFine;
   if (coded != 0) {
-    RowInput input = row_input(call, v, group, head);
+    RowInput input = row_input(call, v.rows, group, head);
     if (v.offset != nullptr) input.offset = v.offset + head * kHeadDim + 8 * lane_part();
     input.wanted = coded;
-    RowValues<kHeadDim, true> values;
+    constexpr int kType = kDense ? kRewritten : 0;
+    RowValues<kHeadDim, true, kType> values;
     float norm2[2];
-    values.template measure<0>(input, norm2);
+    values.template measure<kType>(input, norm2);
     const auto is_usual = [&](int r) { return norm2[r] >= kMinSquaredNorm && norm2[r] <= kMaxSquaredNorm; };
     Extremes found{};
+    int exponent[2] = {0, 0};
     if (!__all_sync(kAll, is_usual(0) && is_usual(1))) {
       // Scaled where that is needed: by 2^0 the others come out the same.
-      found = find_extremes<kHeadDim / 32>(input);
+      if constexpr (kDense) {
+        RowInput original = row_input(call, v.original, group, head);
+        original.wanted = coded;
+        found = find_extremes<kHeadDim / 32>(original);
+      } else {
+        found = find_extremes<kHeadDim / 32>(input);
+      }
       input.wanted = coded & ~found.zero;
-      input.exponent[0] = is_usual(0) ? 0 : found.exponent[0];
-      input.exponent[1] = is_usual(1) ? 0 : found.exponent[1];
-      values.template measure<0>(input, norm2);
+      exponent[0] = is_usual(0) ? 0 : found.exponent[0];
+      exponent[1] = is_usual(1) ? 0 : found.exponent[1];
+      if constexpr (kDense) {
+        if (lane_part() == 0) {
+          warp.exponent[lane_row()] = exponent[0];
+          warp.exponent[lane_row() + 8] = exponent[1];
+        }
+        uint32_t unusual = 0;
+        for (int r = 0; r < 2; ++r) {
+          const uint32_t rows = __ballot_sync(kAll, !is_usual(r));
+          for (int row = 0; row < 8; ++row) unusual |= (rows >> (4 * row) & 1) << (row + 8 * r);
+        }
+        __syncwarp();
+        rotate_again<kHeadDim>(v, group, head, unusual & input.wanted, warp.exponent);
+        __syncwarp();
+      } else {
+        input.exponent[0] = exponent[0];
+        input.exponent[1] = exponent[1];
+      }
+      values.template measure<kType>(input, norm2);
     }
     float gain[2];
     find_gains(side.steps * (kRotated ? 0x1p-24f : kUnit), norm2, warp, gain);
     if (lane_part() == 0) {
-      warp.exponent[lane_row()] = input.exponent[0];
-      warp.exponent[lane_row() + 8] = input.exponent[1];
+      warp.exponent[lane_row()] = exponent[0];
+      warp.exponent[lane_row() + 8] = exponent[1];
     }
     choose_codes<kHeadDim, kRotated, true>(side, input, values, gain, [] {});
     __syncwarp();
@@ -660,23 +711,36 @@ __device__ __noinline__ void encode_any(const VectorCall &call, const VectorSide
   __syncwarp();
 }
 
+template <int kHeadDim, bool kRotated>
+__device__ __forceinline__ void encode_unusual(const VectorCall &call, const VectorSide &v, uint32_t group, int head) {
+  if constexpr (kRotated) {
+    encode_any<kHeadDim, true>(call, v, group, head);
+  } else if (v.matrix != nullptr) {
+    encode_any<kHeadDim, false, true>(call, v, group, head);
+  } else {
+    encode_any<kHeadDim, false>(call, v, group, head);
+  }
+}
+
 // What was put off, and all items that are left.
-template <int kHeadDim>
+template <int kHeadDim, bool kRotated>
 __device__ __noinline__ void encode_put_off(const VectorCall &call, const VectorSide &v, uint32_t group,
                                             uint32_t head) {
   __syncwarp();
   const auto &warp = EncodeShared<kHeadDim>::warp();
   for (int i = 0; i < warp.num_put_off; ++i) {
-    encode_any<kHeadDim, true>(call, v, warp.put_off[i].x, int(warp.put_off[i].y));
+    encode_unusual<kHeadDim, kRotated>(call, v, warp.put_off[i].x, int(warp.put_off[i].y));
   }
   ItemStep step(call, kEncodeWarps);
   step.group = group;
   step.head = head;
-  for (; step.left(); step.advance()) encode_any<kHeadDim, true>(call, v, step.group, int(step.head));
+  for (; step.left(); step.advance()) {
+    encode_unusual<kHeadDim, kRotated>(call, v, step.group, int(step.head));
+  }
 }
 
-// Rotated rows of 16-bit types without offset; what is unusual among them goes to encode_any.
-template <int kHeadDim>
+// Rows of 16-bit types without offset, with one round or none; what is unusual among them goes to encode_any.
+template <int kHeadDim, bool kRotated>
 __device__ __forceinline__ void encode_rows(const VectorCall &call, const VectorSide &v) {
   auto &warp = EncodeShared<kHeadDim>::warp();
   const SideParams &side = v.side;
@@ -684,7 +748,8 @@ __device__ __forceinline__ void encode_rows(const VectorCall &call, const Vector
   RowValues<kHeadDim, false> values;
   int64_t coded_slot = -1, exact_slot = -1;  // of the lane's token, unchecked
   const auto read = [&] {                    // before it is needed, and where nothing is left for nothing
-    values.load(row_input(call, v, step.group, int(step.head)));
+    if (!kRotated && !step.left()) return;   // the rows of others may change
+    values.load(row_input(call, v.rows, step.group, int(step.head)));
     const int64_t token = min(int64_t{step.group} * kRows + lane_index() % kRows, call.tokens - 1);
     if (call.slots != nullptr) coded_slot = call.slots[token];
     if (call.exact_slots != nullptr) exact_slot = call.exact_slots[token];
@@ -705,7 +770,7 @@ __device__ __forceinline__ void encode_rows(const VectorCall &call, const Vector
       step.advance();
       read();
     };
-    const RowInput input = row_input(call, v, group, head);
+    const RowInput input = row_input(call, v.rows, group, head);
     float norm2[2];
     input.with_type([&](auto type) { values.template measure<type>(input, norm2); });
     const auto is_usual = [&](int r) { return norm2[r] >= kMinSquaredNorm && norm2[r] <= kMaxSquaredNorm; };
@@ -723,11 +788,11 @@ __device__ __forceinline__ void encode_rows(const VectorCall &call, const Vector
     }
     const uint32_t coded = find_places<kHeadDim>(call, v, own_token, slots.coded, head, warp);
     float gain[2];
-    find_gains(side.steps * 0x1p-24f, norm2, warp, gain);
+    find_gains(side.steps * (kRotated ? 0x1p-24f : kUnit), norm2, warp, gain);
     if (side.scale_rule == TQ_SCALE_NORM) {
-      choose_codes<kHeadDim, true, false>(side, input, values, gain, next);
+      choose_codes<kHeadDim, kRotated, false>(side, input, values, gain, next);
     } else {
-      choose_codes<kHeadDim, true, true>(side, input, values, gain, next);
+      choose_codes<kHeadDim, kRotated, true>(side, input, values, gain, next);
     }
     __syncwarp();
     const int row = lane_index() % kRows;
@@ -740,28 +805,30 @@ __device__ __forceinline__ void encode_rows(const VectorCall &call, const Vector
     write_codes<kHeadDim>(call, v, warp, coded);
     __syncwarp();
   }
-  encode_put_off<kHeadDim>(call, v, step.group, step.head);
+  encode_put_off<kHeadDim, kRotated>(call, v, step.group, step.head);
 }
 
-// `kAny`: everything, else rotated rows of 16-bit types without offset.
-template <int kHeadDim, bool kAny>
+// `kAny`: everything, else rows of 16-bit types without offset, all of them with one round or none.
+template <int kHeadDim, bool kAny, bool kRotated = true>
 __global__ void __launch_bounds__(32 * kEncodeWarps, encode_blocks(kHeadDim))
     encode_kernel(const __grid_constant__ VectorCall call) {
   const VectorSide &v = call.side[blockIdx.y];
   auto &shared = EncodeShared<kHeadDim>::get();
-  fill_signs<kHeadDim>(v.side, reinterpret_cast<uint32_t *>(shared.signs));
-  fill_operands<kHeadDim>(v.side, kOperandOne, shared.operands);
+  if constexpr (kRotated) {
+    fill_signs<kHeadDim>(v.side, reinterpret_cast<uint32_t *>(shared.signs));
+    fill_operands<kHeadDim>(v.side, kOperandOne, shared.operands);
+  }
   fill_table(v.side, shared.table);
   if (threadIdx.x == 0) shared.magnitudes = magnitude_bytes(v.side);
   if constexpr (!kAny) {
-    encode_rows<kHeadDim>(call, v);
+    encode_rows<kHeadDim, kRotated>(call, v);
   } else {
     __syncthreads();
     for (ItemStep step(call, kEncodeWarps); step.left(); step.advance()) {
       if (v.side.rounds == 1) {
         encode_any<kHeadDim, true>(call, v, step.group, int(step.head));
       } else {
-        encode_any<kHeadDim, false>(call, v, step.group, int(step.head));
+        encode_unusual<kHeadDim, false>(call, v, step.group, int(step.head));
       }
     }
   }
@@ -779,7 +846,8 @@ int load_encode() {
   int device = 0, most = 0;
   if (const int error = cudaGetDevice(&device)) return error;
   if (const int error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
-  for (const auto kernel : {encode_kernel<kHeadDim, false>, encode_kernel<kHeadDim, true>}) {
+  for (const auto kernel :
+       {encode_kernel<kHeadDim, false>, encode_kernel<kHeadDim, false, false>, encode_kernel<kHeadDim, true>}) {
     if (const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return error;
   }
   return 0;
@@ -787,17 +855,20 @@ int load_encode() {
 
 template <int kHeadDim>
 int launch_encode_fast(const VectorCall &call, const DeviceLimits &limits, void *stream) {
+  const int rounds = call.side[0].side.rounds;
   int half = 0;
   bool any = false;
   for (int i = 0; i < call.num_sides; ++i) {
     const VectorSide &v = call.side[i];
     half = v.side.half_cells > half ? v.side.half_cells : half;
-    any = any || v.side.rounds != 1 || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr;
+    any = any || v.side.rounds != rounds || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr;
   }
   const int64_t items = (call.tokens + kRows - 1) / kRows * call.heads;
   const int64_t resident = int64_t{limits.multiprocessors} * encode_blocks(kHeadDim) / call.num_sides;
   const dim3 grid(unsigned(items < resident ? items : resident), unsigned(call.num_sides));
-  const auto kernel = any ? encode_kernel<kHeadDim, true> : encode_kernel<kHeadDim, false>;
+  const auto kernel = any           ? encode_kernel<kHeadDim, true>
+                      : rounds == 1 ? encode_kernel<kHeadDim, false>
+                                    : encode_kernel<kHeadDim, false, false>;
   return launch(kernel, grid, 32 * kEncodeWarps, EncodeShared<kHeadDim>::bytes(half), stream, call);
 }
 

@@ -58,6 +58,8 @@ struct VectorSide {
   const float *offset;       // [heads, head_dim] or null
   const float *rotated;      // encode, dense rotation: [tokens, heads, head_dim], already rotated; with exponents
   const int32_t *exponents;  // [tokens, heads]
+  const float *matrix;       // encode, dense rotation: [head_dim, head_dim] if `rows` are rotated bf16 that may be
+  Rows original;             // written, of these; only what encodes_fast() takes
   FlatCodes flat;
   Tiles tiles;
   Tiles exact;
@@ -131,7 +133,10 @@ int load_kernels();
 int upload(const void *host, size_t bytes, void **device);
 void release(void *device);
 int clear(void *device, size_t bytes, void *stream);
+int synchronize(void *stream);
 
+// Whether launch_encode takes the call to a kernel of its head_dim.
+bool encodes_fast(const VectorCall &call, const DeviceLimits &limits);
 int launch_encode(const VectorCall &call, const DeviceLimits &limits, void *stream);
 int launch_decode(const VectorCall &call, const DeviceLimits &limits, void *stream);
 // Dense rotations. Splits the rows of a side into powers of two (`exponents`) and f32 rows [tokens, heads, head_dim],

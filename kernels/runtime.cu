@@ -119,6 +119,14 @@ int clear(void *device, size_t bytes, void *stream) {
   return cudaMemsetAsync(device, 0, bytes, cudaStream_t(stream));
 }
 
+int synchronize(void *stream) {
+  return cudaStreamSynchronize(cudaStream_t(stream));
+}
+
+bool encodes_fast(const VectorCall &call, const DeviceLimits &limits) {
+  return find_fast(call, limits, &FastKernels::encode) != nullptr;
+}
+
 int launch_encode(const VectorCall &call, const DeviceLimits &limits, void *stream) {
   const FastKernel *fast = find_fast(call, limits, &FastKernels::encode);
   return fast != nullptr ? fast->launch(call, limits, stream) : encode_generic(call, limits, stream);

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "codec/cuda_run.hpp"
+#include "codec/half.hpp"
 #include "codec/quantize.hpp"
 #include "runtime/device.hpp"
 
@@ -58,6 +59,30 @@ cuda::FlatCodes flat_codes(const void *codes, int64_t codes_stride, const void *
   return flat;
 }
 
+// Products of a few rows with the side's matrix, one of each kind: cuBLAS loads a kernel when it is first used, which a
+// capture may not allow.
+tq_status warm_up(CudaCodec &codec, const Side &side) {
+  constexpr int kWarmRows = 16;
+  const size_t row_bytes = size_t(kWarmRows * side.head_dim) * sizeof(float);
+  const std::vector<uint8_t> zeros(Cublas::kWorkspaceBytes + 2 * row_bytes);
+  void *memory = nullptr;
+  TQKV_TRY(check_cuda(cuda::upload(zeros.data(), zeros.size(), &memory), "no device memory for cuBLAS"));
+  void *x = static_cast<uint8_t *>(memory) + Cublas::kWorkspaceBytes, *y = static_cast<uint8_t *>(x) + row_bytes;
+  const auto multiply_all = [&]() -> tq_status {
+    for (const bool transpose : {true, false}) {
+      TQKV_TRY(codec.cublas->multiply(static_cast<float *>(x), codec.matrices[side.side], transpose, kWarmRows,
+                                      side.head_dim, static_cast<float *>(y), memory, nullptr));
+    }
+    if (codec.matrices_bf16[side.side] == nullptr) return TQ_OK;
+    return codec.cublas->multiply_bf16(x, codec.matrices_bf16[side.side], kWarmRows, side.head_dim, y, memory, nullptr);
+  };
+  const tq_status status = multiply_all();
+  const int error = cuda::synchronize(nullptr);
+  cuda::release(memory);
+  TQKV_TRY(status);
+  return check_cuda(error, "cuBLAS does not run");
+}
+
 }  // namespace
 
 tq_status cuda_check_device(int ordinal) {
@@ -91,10 +116,18 @@ tq_status make_cuda_codec(const Codec &codec, std::shared_ptr<CudaCodec> *made) 
     const int error = cuda::upload(side.matrix.data(), side.matrix.size() * sizeof(float), &matrix);
     TQKV_TRY(check_cuda(error, "the rotation cannot be copied to the device"));
     cuda_codec->matrices[which] = static_cast<const float *>(matrix);
+    if (is_coarse_dense(side)) {
+      std::vector<uint16_t> rounded;
+      for (const float entry : side.matrix) rounded.push_back(bf16_from_f32(entry));
+      TQKV_TRY(
+          check_cuda(cuda::upload(rounded.data(), rounded.size() * sizeof(uint16_t), &cuda_codec->matrices_bf16[which]),
+                     "the rotation cannot be copied to the device"));
+    }
     if (cuda_codec->cublas == nullptr) {
       cuda_codec->cublas = std::make_unique<Cublas>();
       TQKV_TRY(cuda_codec->cublas->open());
     }
+    TQKV_TRY(warm_up(*cuda_codec, side));
   }
   *made = std::move(cuda_codec);
   return TQ_OK;

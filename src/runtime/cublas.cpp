@@ -20,6 +20,9 @@ struct Library {
   int (*set_math_mode)(void *handle, int mode) = nullptr;
   int (*sgemm)(void *handle, int transpose_a, int transpose_b, int m, int n, int k, const float *alpha, const float *a,
                int lda, const float *b, int ldb, const float *beta, float *c, int ldc) = nullptr;
+  int (*gemm_ex)(void *handle, int transpose_a, int transpose_b, int m, int n, int k, const void *alpha, const void *a,
+                 int type_a, int lda, const void *b, int type_b, int ldb, const void *beta, void *c, int type_c,
+                 int ldc, int compute_type, int algorithm) = nullptr;
   const char *reason = nullptr;
 
   Library() {
@@ -38,7 +41,7 @@ struct Library {
     };
     if (!load(create, "cublasCreate_v2") || !load(destroy, "cublasDestroy_v2") ||
         !load(set_stream, "cublasSetStream_v2") || !load(set_workspace, "cublasSetWorkspace_v2") ||
-        !load(set_math_mode, "cublasSetMathMode") || !load(sgemm, "cublasSgemm_v2")) {
+        !load(set_math_mode, "cublasSetMathMode") || !load(sgemm, "cublasSgemm_v2") || !load(gemm_ex, "cublasGemmEx")) {
       reason = "the cuBLAS library found lacks a function of its interface";
     }
   }
@@ -48,6 +51,9 @@ const Library &library() {
   static const Library opened;
   return opened;
 }
+
+constexpr int kPlain = 0, kTransposed = 1;          // CUBLAS_OP_N, CUBLAS_OP_T
+constexpr int kDefaultMath = 0, kPedanticMath = 2;  // pedantic: f32 products are not rounded to fewer bits
 
 }  // namespace
 
@@ -66,8 +72,7 @@ tq_status Cublas::open() {
     handle_ = nullptr;
     return fail(TQ_ERROR_CUBLAS, "cublasCreate failed with status %d", status);
   }
-  constexpr int kPedantic = 2;  // CUBLAS_PEDANTIC_MATH: f32 products are not rounded to fewer bits
-  if (const int status = library().set_math_mode(handle_, kPedantic)) {
+  if (const int status = library().set_math_mode(handle_, kPedanticMath)) {
     return fail(TQ_ERROR_CUBLAS, "cublasSetMathMode failed with status %d", status);
   }
   return TQ_OK;
@@ -78,7 +83,6 @@ tq_status Cublas::multiply(const float *x, const float *m, bool transpose, int64
   if (n > INT_MAX) return fail(TQ_ERROR_INTERNAL, "%lld rows in one product", (long long)n);
   const float one = 1, zero = 0;
   // cuBLAS counts columns first: y^T [dim, n] = op(m^T) x^T.
-  constexpr int kPlain = 0, kTransposed = 1;
   const std::lock_guard lock(mutex_);
   int status = library().set_stream(handle_, stream);
   if (status == 0) status = library().set_workspace(handle_, workspace, kWorkspaceBytes);
@@ -87,6 +91,25 @@ tq_status Cublas::multiply(const float *x, const float *m, bool transpose, int64
                              &zero, y, dim);
   }
   return status == 0 ? TQ_OK : fail(TQ_ERROR_CUBLAS, "cublasSgemm failed with status %d", status);
+}
+
+tq_status Cublas::multiply_bf16(const void *x, const void *m, int64_t n, int dim, void *y, void *workspace,
+                                void *stream) {
+  if (n > INT_MAX) return fail(TQ_ERROR_INTERNAL, "%lld rows in one product", (long long)n);
+  const float one = 1, zero = 0;
+  // CUDA_R_16BF, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT
+  constexpr int kBf16 = 14, kComputeF32 = 68, kDefaultAlgorithm = -1;
+  const std::lock_guard lock(mutex_);
+  int status = library().set_stream(handle_, stream);
+  if (status == 0) status = library().set_workspace(handle_, workspace, kWorkspaceBytes);
+  if (status == 0) status = library().set_math_mode(handle_, kDefaultMath);
+  if (status == 0) {
+    status = library().gemm_ex(handle_, kTransposed, kPlain, dim, int(n), dim, &one, m, kBf16, dim, x, kBf16, dim,
+                               &zero, y, kBf16, dim, kComputeF32, kDefaultAlgorithm);
+    const int restored = library().set_math_mode(handle_, kPedanticMath);
+    if (status == 0) status = restored;
+  }
+  return status == 0 ? TQ_OK : fail(TQ_ERROR_CUBLAS, "cublasGemmEx failed with status %d", status);
 }
 
 }  // namespace tqkv

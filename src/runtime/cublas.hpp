@@ -26,6 +26,9 @@ class Cublas {
   // y[n, dim] = x[n, dim] times m, or its transpose, in f32; m is [dim, dim] row-major. Device memory.
   [[nodiscard]] tq_status multiply(const float *x, const float *m, bool transpose, int64_t n, int dim, float *y,
                                    void *workspace, void *stream);
+  // y[n, dim] = x[n, dim] times m's transpose, all of them bf16, added in f32.
+  [[nodiscard]] tq_status multiply_bf16(const void *x, const void *m, int64_t n, int dim, void *y, void *workspace,
+                                        void *stream);
 
  private:
   void *handle_ = nullptr;

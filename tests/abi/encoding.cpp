@@ -55,6 +55,13 @@ double scale_formula(int32_t rule, const oracle::Vector &y, const oracle::Vector
   return xx / xc;
 }
 
+bool rotates_in_bf16(const Target &target, const tq_side_config &side, int32_t type) {
+  const int n = side.head_dim;
+  return target.device->kind() == TQ_DEVICE_CUDA && type == TQ_TYPE_BF16 && side.bits <= 4 &&
+         (side.rotation == TQ_ROTATION_DENSE || side.rotation == TQ_ROTATION_CUSTOM) &&
+         (n == 64 || n == 96 || n == 128 || n == 256);
+}
+
 double scale_tolerance(int32_t rule, int32_t type, double scale) {
   const double arithmetic = (8 * 0x1p-24 + (rule == TQ_SCALE_NORM ? 0 : kCoordinateSlack)) * scale;
   if (type == TQ_TYPE_F32) return arithmetic + 0x1p-149;

@@ -159,13 +159,15 @@ void check_store(const Target &target, Random &random, const tq_config &config) 
   CHECK(same_elsewhere(pool_before, pool.bytes, owned_bytes(reader, pool, used(call.slots))));
   CHECK(same_elsewhere(exact_before, exact.bytes, owned_bytes(reader, exact, used(call.exact_slots))));
 
-  // The codes are tq_encode's of the same vectors, keys less their offset in f32.
+  // The codes are tq_encode's of the same vectors, keys with an offset less that in f32.
   const std::vector<double> k = decode_elements(call.k.data(), call.type, tokens * heads * reader.k.head_dim);
   std::vector<double> shifted = k;
   for (int64_t i = 0; i < int64_t(k.size()) && with_offset; ++i) {
     shifted[size_t(i)] = float(k[size_t(i)]) - call.key_offset[size_t(i % (heads * reader.k.head_dim))];
   }
-  const Encoded keys = encode(target, codec.get(), TQ_SIDE_K, encode_elements(shifted, TQ_TYPE_F32), TQ_TYPE_F32);
+  const Encoded keys = with_offset
+                           ? encode(target, codec.get(), TQ_SIDE_K, encode_elements(shifted, TQ_TYPE_F32), TQ_TYPE_F32)
+                           : encode(target, codec.get(), TQ_SIDE_K, call.k, call.type);
   const Encoded values = encode(target, codec.get(), TQ_SIDE_V, call.v, call.type);
   bool codes_same = true, scales_same = true, exact_same = true;
   for (int64_t token = 0; token < tokens; ++token) {

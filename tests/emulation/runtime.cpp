@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "codec/half.hpp"
+
 namespace emulation {
 namespace {
 
@@ -121,6 +123,10 @@ cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stre
   return cudaError_t(emulation::enqueue(stream, [=] { std::memset(at, value, bytes); }));
 }
 
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return emulation::capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+
 // ---- what the library opens
 
 #define TQKV_OPENED extern "C" __attribute__((visibility("default")))
@@ -180,20 +186,50 @@ TQKV_OPENED int cublasSetWorkspace_v2(void *, void *, size_t) {
 TQKV_OPENED int cublasSetMathMode(void *, int) {
   return 0;
 }
-// c [m, n] = alpha op(a) [m, k] op(b) [k, n] + beta c, columns first.
-TQKV_OPENED int cublasSgemm_v2(void *handle, int transpose_a, int transpose_b, int m, int n, int k, const float *alpha,
-                               const float *a, int lda, const float *b, int ldb, const float *beta, float *c, int ldc) {
-  return emulation::enqueue(static_cast<Handle *>(handle)->stream, [=, alpha = *alpha, beta = *beta] {
+
+namespace {
+// op(a) [m, k] op(b) [k, n], columns first. load_a(i) and load_b(i) give elements, set(i, sum) writes c's element i.
+template <class LoadA, class LoadB, class Set>
+int multiply(void *handle, bool transpose_a, bool transpose_b, int m, int n, int k, LoadA load_a, int lda, LoadB load_b,
+             int ldb, Set set, int ldc) {
+  return emulation::enqueue(static_cast<Handle *>(handle)->stream, [=] {
     for (int64_t column = 0; column < n; ++column) {
       for (int64_t row = 0; row < m; ++row) {
         float sum = 0;
         for (int64_t i = 0; i < k; ++i) {
-          sum += (transpose_a ? a[i + row * lda] : a[row + i * lda]) *
-                 (transpose_b ? b[column + i * ldb] : b[i + column * ldb]);
+          sum += load_a(transpose_a ? i + row * lda : row + i * lda) *
+                 load_b(transpose_b ? column + i * ldb : i + column * ldb);
         }
-        float &out = c[row + column * ldc];
-        out = beta == 0 ? alpha * sum : alpha * sum + beta * out;
+        set(row + column * ldc, sum);
       }
     }
   });
+}
+}  // namespace
+
+TQKV_OPENED int cublasSgemm_v2(void *handle, int transpose_a, int transpose_b, int m, int n, int k, const float *alpha,
+                               const float *a, int lda, const float *b, int ldb, const float *beta, float *c, int ldc) {
+  return multiply(
+      handle, transpose_a, transpose_b, m, n, k, [=](int64_t i) { return a[i]; }, lda, [=](int64_t i) { return b[i]; },
+      ldb,
+      [=, alpha = *alpha, beta = *beta](int64_t i, float sum) {
+        c[i] = beta == 0 ? alpha * sum : alpha * sum + beta * c[i];
+      },
+      ldc);
+}
+// Products of bf16 matrices in f32.
+TQKV_OPENED int cublasGemmEx(void *handle, int transpose_a, int transpose_b, int m, int n, int k, const void *alpha,
+                             const void *a, int type_a, int lda, const void *b, int type_b, int ldb, const void *beta,
+                             void *c, int type_c, int ldc, int compute_type, int) {
+  constexpr int kBf16 = 14, kComputeF32 = 68, kNotSupported = 15;
+  const float one = *static_cast<const float *>(alpha), zero = *static_cast<const float *>(beta);
+  if (type_a != kBf16 || type_b != kBf16 || type_c != kBf16 || compute_type != kComputeF32 || one != 1 || zero != 0) {
+    return kNotSupported;
+  }
+  const auto load = [](const void *from) {
+    return [=](int64_t i) { return tqkv::f32_from_bf16(static_cast<const uint16_t *>(from)[i]); };
+  };
+  return multiply(
+      handle, transpose_a, transpose_b, m, n, k, load(a), lda, load(b), ldb,
+      [=](int64_t i, float sum) { static_cast<uint16_t *>(c)[i] = tqkv::bf16_from_f32(sum); }, ldc);
 }
