@@ -55,6 +55,35 @@ TEST_CASE("dense and custom rotations on a GPU have the CPU's squared error to 0
   }
 }
 
+TEST_CASE("the last vectors of many that a dense rotation takes in parts are encoded like the first", "[gpu]") {
+  FRESH(random, "gpu dense parts");
+  Device *device = gpu_or_skip();
+  if (device == nullptr) return;
+  const Target target = gpu_target(device);
+  constexpr int kHeadDim = 64;
+  constexpr int64_t kPart = 1000, kCount = 270 * kPart;  // more than the library multiplies at a time
+  tq_config config = make_config(target, kHeadDim, 4, 4);
+  config.k.rotation = TQ_ROTATION_DENSE;
+  const CodecPtr codec = make_codec(config);
+  const std::vector<uint8_t> part = encode_elements(normals(random, kPart * kHeadDim), TQ_TYPE_BF16);
+  std::vector<uint8_t> input;
+  for (int64_t i = 0; i < kCount; i += kPart) input.insert(input.end(), part.begin(), part.end());
+  const std::vector<double> decoded =
+      decode(target, codec.get(), TQ_SIDE_K, encode(target, codec.get(), TQ_SIDE_K, input, TQ_TYPE_BF16), kCount);
+  const std::vector<double> x = decode_elements(part.data(), TQ_TYPE_BF16, kPart * kHeadDim);
+  for (const int64_t at : {int64_t{0}, kCount - kPart}) {
+    double error = 0, all = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double off = decoded[size_t(at) * kHeadDim + i] - x[i];
+      error += off * off;
+      all += x[i] * x[i];
+    }
+    INFO("vectors from " << at << ": " << error / all);
+    CHECK(error / all > 0.008);
+    CHECK(error / all < 0.0105);
+  }
+}
+
 TEST_CASE("one codec's dense rotation serves several threads and streams at once", "[gpu]") {
   FRESH(random, "gpu dense threads");
   Device *device = gpu_or_skip();
