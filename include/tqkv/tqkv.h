@@ -310,7 +310,8 @@ typedef struct tq_encode_args {
 
 /* Compresses vectors. A vector with a NaN or infinity is encoded as zero and counted; f32 vectors too large for an
  * fp16 scale are clamped and counted. count 0 is TQ_OK. With Hadamard or no rotation codes and scales are the same
- * bytes on every machine and device. */
+ * bytes on every machine and device. With a dense or custom one CUDA's may differ from the CPU's, also with the type and
+ * strides of the rows; the mean squared error is the same to 0.1%. */
 TQKV_API tq_status tq_encode(const tq_codec *codec, const tq_encode_args *args);
 
 typedef struct tq_decode_args {

@@ -24,11 +24,6 @@ __device__ __forceinline__ void prefetch_l2(const void *address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 }
 
-// Makes the compiler forget what it knows of a value.
-__device__ __forceinline__ void forget(uint4 &v) {
-  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
-}
-
 // Shared memory whose size the launch gives; 16-byte aligned.
 __device__ __forceinline__ void *dynamic_shared() {
   extern __shared__ uint4 memory[];

@@ -30,7 +30,6 @@ inline uint32_t load_shared_byte(uint32_t address) {
   return *reinterpret_cast<const uint8_t *>(shared_window() + address);
 }
 
-inline void forget(uint4 &) {}
 inline void prefetch_l2(const void *) {}
 
 // prmt.b32, default mode: a selector's bit 3 takes the sign of the byte, eight times.
