@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "codec/half.hpp"
+#include "kernels/device/ptx.cuh"
 
 namespace emulation {
 namespace {
@@ -227,9 +227,9 @@ TQKV_OPENED int cublasGemmEx(void *handle, int transpose_a, int transpose_b, int
     return kNotSupported;
   }
   const auto load = [](const void *from) {
-    return [=](int64_t i) { return tqkv::f32_from_bf16(static_cast<const uint16_t *>(from)[i]); };
+    return [=](int64_t i) { return __uint_as_float(uint32_t{static_cast<const uint16_t *>(from)[i]} << 16); };
   };
   return multiply(
       handle, transpose_a, transpose_b, m, n, k, load(a), lda, load(b), ldb,
-      [=](int64_t i, float sum) { static_cast<uint16_t *>(c)[i] = tqkv::bf16_from_f32(sum); }, ldc);
+      [=](int64_t i, float sum) { static_cast<uint16_t *>(c)[i] = uint16_t(tqkv::cuda::pack_bf16(sum, 0)); }, ldc);
 }
