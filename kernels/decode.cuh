@@ -204,12 +204,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
   // Three items at a time are under way: the slots of one are read, the codes of the next are brought into the L2 cache,
   // and those of the third are decoded.
   ItemStep step(call, kDecodeWarps);
-  int64_t coded_slot = -1, exact_slot = -1;  // of the lane's token, unchecked
-  const auto read_slots = [&] {
-    const int64_t token = min(int64_t{step.group} * kRows + lane_index() % kRows, call.tokens - 1);
-    if (call.slots != nullptr) coded_slot = call.slots[token];
-    if (call.exact_slots != nullptr) exact_slot = call.exact_slots[token];
-  };
+  NextSlots next_slots;
   const auto find = [&] {
     DecodeRow own;
     const int64_t own_token = int64_t{step.group} * kRows + lane_index() % kRows;
@@ -221,7 +216,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
       own.plane1 = own.plane0 + Codes::kPlane0;
       own.scale = load_scale_bits(side.scale_type, v.flat.scales + own_token * v.flat.scales_stride);
     } else {
-      const Slots slots = check_load_slots(v, coded_slot, exact_slot);
+      const Slots slots = check_load_slots(v, next_slots.coded, next_slots.exact);
       own.bad = slots.bad;
       if (own.bad && lane_index() < kRows && head == 0 && v.counts_slots) {
         count_fault(call.faults, TQ_FAULT_SLOT, call.first_token + own_token);
@@ -248,12 +243,12 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     }
     return own;
   };
-  read_slots();
+  next_slots.read(step);
   DecodeRow next = find();
   uint32_t next_group = step.group, next_head = step.head;
   bool left = step.left();
   step.advance();
-  read_slots();
+  next_slots.read(step);
   while (left) {
     const DecodeRow own = next;
     const int head = int(next_head);
@@ -281,7 +276,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     }
     next = find();
     step.advance();
-    read_slots();
+    next_slots.read(step);
     uint32_t a[kSteps][4];
     float gain[2];
 #pragma unroll
@@ -405,9 +400,7 @@ int launch_decode_fast(const VectorCall &call, const DeviceLimits &limits, void 
     any = any || v.side.rounds != 1 || v.side.bits == 8 || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr ||
           v.side.scale_type != TQ_TYPE_F16;
   }
-  const int64_t items = (call.tokens + kRows - 1) / kRows * call.heads;
-  const int64_t resident = int64_t{limits.multiprocessors} * decode_blocks(any) / call.num_sides;
-  const dim3 grid(unsigned(items < resident ? items : resident), unsigned(call.num_sides));
+  const dim3 grid = item_grid(call, limits, decode_blocks(any));
   const auto kernel = any ? decode_kernel<kHeadDim, true> : decode_kernel<kHeadDim, false>;
   return launch(kernel, grid, 32 * kDecodeWarps, 0, stream, call);
 }

@@ -746,13 +746,11 @@ __device__ __forceinline__ void encode_rows(const VectorCall &call, const Vector
   const SideParams &side = v.side;
   ItemStep step(call, kEncodeWarps);
   RowValues<kHeadDim, false> values;
-  int64_t coded_slot = -1, exact_slot = -1;  // of the lane's token, unchecked
-  const auto read = [&] {                    // before it is needed, and where nothing is left for nothing
-    if (!kRotated && !step.left()) return;   // the rows of others may change
+  NextSlots next_slots;
+  const auto read = [&] {                   // before it is needed, and where nothing is left for nothing
+    if (!kRotated && !step.left()) return;  // the rows of others may change
     values.load(row_input(call, v.rows, step.group, int(step.head)));
-    const int64_t token = min(int64_t{step.group} * kRows + lane_index() % kRows, call.tokens - 1);
-    if (call.slots != nullptr) coded_slot = call.slots[token];
-    if (call.exact_slots != nullptr) exact_slot = call.exact_slots[token];
+    next_slots.read(step);
   };
   read();
   if (lane_index() == 0) warp.num_put_off = 0;
@@ -764,7 +762,7 @@ __device__ __forceinline__ void encode_rows(const VectorCall &call, const Vector
     Slots slots;
     if (own_token < call.tokens) {
       slots.coded = own_token;
-      if (call.slots != nullptr) slots = check_slots(v, coded_slot, exact_slot);
+      if (call.slots != nullptr) slots = check_slots(v, next_slots.coded, next_slots.exact);
     }
     const auto next = [&] {
       step.advance();
@@ -863,9 +861,7 @@ int launch_encode_fast(const VectorCall &call, const DeviceLimits &limits, void 
     half = v.side.half_cells > half ? v.side.half_cells : half;
     any = any || v.side.rounds != rounds || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr;
   }
-  const int64_t items = (call.tokens + kRows - 1) / kRows * call.heads;
-  const int64_t resident = int64_t{limits.multiprocessors} * encode_blocks(kHeadDim) / call.num_sides;
-  const dim3 grid(unsigned(items < resident ? items : resident), unsigned(call.num_sides));
+  const dim3 grid = item_grid(call, limits, encode_blocks(kHeadDim));
   const auto kernel = any           ? encode_kernel<kHeadDim, true>
                       : rounds == 1 ? encode_kernel<kHeadDim, false>
                                     : encode_kernel<kHeadDim, false, false>;

@@ -41,6 +41,26 @@ struct ItemStep {
   }
 };
 
+// The slots of the lane's token in the next item, read before they are needed and unchecked. Past the last token they are
+// the last one's.
+struct NextSlots {
+  int64_t coded = -1, exact = -1;
+
+  __device__ __forceinline__ void read(const ItemStep &step) {
+    const VectorCall &call = step.call;
+    const int64_t token = min(int64_t{step.group} * kRows + lane_index() % kRows, call.tokens - 1);
+    if (call.slots != nullptr) coded = call.slots[token];
+    if (call.exact_slots != nullptr) exact = call.exact_slots[token];
+  }
+};
+
+// The grid of a call whose warps take items: no more blocks than run at once, `blocks` of them a multiprocessor.
+inline dim3 item_grid(const VectorCall &call, const DeviceLimits &limits, int blocks) {
+  const int64_t items = (call.tokens + kRows - 1) / kRows * call.heads;
+  const int64_t resident = int64_t{limits.multiprocessors} * blocks / call.num_sides;
+  return dim3(unsigned(items < resident ? items : resident), unsigned(call.num_sides));
+}
+
 constexpr bool is_power_of_two(int n) {
   return (n & (n - 1)) == 0;
 }

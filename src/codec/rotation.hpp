@@ -8,8 +8,8 @@
 //
 // HADAMARD. Round r multiplies channel c by -1 where bit c & 63 of output c >> 6 of stream r is set, then applies
 // H = H_base (x) H_pow2 with head_dim = base * 2^k: first channels 2^k apart by H_base, then butterflies (a + b, a - b)
-// at strides 1, 2, 4, .., 2^(k-1). Every round is followed by 1 / sqrt(head_dim), all of
-// which the code folds into one factor. base is 1, or 12, 20, 28 or 36 where head_dim is no power of two.
+// at strides 1, 2, 4, .., 2^(k-1). Every round is followed by 1 / sqrt(head_dim), all of which the code folds into one
+// factor. base is 1, or 12, 20, 28 or 36 where head_dim is no power of two.
 // H_base, chi the quadratic character: orders 12 and 20 by Paley's first construction with q = base - 1:
 // H = I + S, S = [0 1; -1 Q], Q[i][j] = chi(i - j) mod q. Orders 28 and 36 by his second with q = base / 2 - 1:
 // C = [0 1; 1 Q], each zero of C replaced by [1 -1; -1 -1], each +-1 by +-[1 1; 1 -1].
