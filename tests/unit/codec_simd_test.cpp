@@ -150,12 +150,12 @@ struct Case {
   }
 };
 
-// Index of the first byte that differs, or -1.
+// Index of the first element that differs in a bit, or -1. NaNs are equal: processors and compilers differ in the sign that
+// arithmetic gives them.
 template <class T>
 int64_t first_difference(const std::vector<T> &a, const std::vector<T> &b) {
-  const auto *x = reinterpret_cast<const uint8_t *>(a.data()), *y = reinterpret_cast<const uint8_t *>(b.data());
-  for (size_t i = 0; i < a.size() * sizeof(T); ++i) {
-    if (x[i] != y[i]) return int64_t(i);
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (std::memcmp(&a[i], &b[i], sizeof(T)) != 0 && (a[i] == a[i] || b[i] == b[i])) return int64_t(i);
   }
   return -1;
 }
