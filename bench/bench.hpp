@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "common.hpp"
+
 namespace tqkv_bench {
 
 inline constexpr int32_t kHeadDim = 128;
@@ -21,21 +23,9 @@ void register_pages();
 void register_attention();
 void register_ggml();  // where it was built in
 
-// A zeroed struct of the interface with its struct_size set.
-template <class Struct>
-Struct sized() {
-  Struct result{};
-  result.struct_size = sizeof(Struct);
-  return result;
-}
-
 // Ends the program with the library's sentence: a benchmark that cannot run must not report.
 void check(tq_status status);
 
-struct CodecDeleter {
-  void operator()(tq_codec *codec) const { tq_destroy(codec); }
-};
-using Codec = std::unique_ptr<tq_codec, CodecDeleter>;
 Codec make_codec(int32_t k_bits, int32_t v_bits, int32_t simd);
 
 struct FreeDeleter {

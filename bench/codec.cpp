@@ -1,29 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // tqkv-bench codec: its options, table, figures and JSON.
-#include <tqkv/tqkv.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cerrno>
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <ctime>
 #include <exception>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <stdexcept>
 #include <string_view>
+#include <utility>
 
 #include "codec_bench.hpp"
+#include "report.hpp"
 
 namespace tqkv_bench {
 namespace {
-
-// Exit statuses: as of the tqkv command, and a figure that was missed.
-constexpr int kFailed = 1, kUsage = 2, kMissed = 3;
 
 constexpr int kReference = 128;  // the head_dim whose shares the others are held to
 
@@ -98,14 +88,7 @@ std::vector<std::string> missed_figures(const std::vector<Row> &rows, const std:
   return missed;
 }
 
-void print_machine(const Machine &machine) {
-  std::printf("%s, %d multiprocessors at %.0f MHz, driver %s, CUDA %s (driver), %s (runtime)\n", machine.device.c_str(),
-              machine.multiprocessors, machine.clock_mhz, machine.driver.empty() ? "unknown" : machine.driver.c_str(),
-              machine.cuda_driver.c_str(), machine.cuda_runtime.c_str());
-  for (const Ceiling *read : {&machine.plain_read, &machine.bulk_read}) {
-    if (read->kernel.empty()) continue;
-    std::printf("best read: %7.1f GB/s, %s\n", double(machine.read_bytes) / read->seconds * 1e-9, read->kernel.c_str());
-  }
+void print_header() {
   std::printf("\n%-20s %8s %4s %8s %9s %10s %10s %10s %7s %10s %6s  %-18s %s\n", "operation", "head_dim", "bits",
               "vectors", "MB", "median us", "min", "p90", "GB/s", "ceiling us", "share", "figure", "ceiling's kernel");
 }
@@ -120,62 +103,15 @@ void print_row(const Row &row, const std::optional<Figure> &figure) {
   std::fflush(stdout);
 }
 
-double rounded(double value, double parts) {
-  return std::round(value * parts) / parts;
-}
-
-std::string commit() {
-  const char *given = std::getenv("TQKV_COMMIT");
-  return given != nullptr && *given != 0 ? given : TQKV_BENCH_COMMIT;
-}
-
-std::string utc_now() {
-  const std::time_t now = std::time(nullptr);
-  char text[32];
-  std::tm parts{};
-  gmtime_r(&now, &parts);
-  std::strftime(text, sizeof text, "%Y-%m-%dT%H:%M:%SZ", &parts);
-  return text;
-}
-
 nlohmann::ordered_json to_json(const Machine &machine, const std::vector<Row> &rows) {
   using Json = nlohmann::ordered_json;
-  const auto read = [&](const Ceiling &ceiling) -> Json {
-    if (ceiling.kernel.empty()) return nullptr;
-    return {{"gigabytes_per_second", rounded(double(machine.read_bytes) / ceiling.seconds * 1e-9, 10)},
-            {"kernel", ceiling.kernel}};
-  };
-  tq_build build{};
-  build.struct_size = sizeof build;
-  if (tq_build_info(&build) != TQ_OK) throw std::runtime_error(tq_last_error());
-  Json json = {{"date", utc_now()},
-               {"device", machine.device},
-               {"compute_capability", machine.compute_capability},
-               {"multiprocessors", machine.multiprocessors},
-               {"clock_mhz", rounded(machine.clock_mhz, 1)},
-               {"driver", machine.driver.empty() ? Json(nullptr) : Json(machine.driver)},
-               {"cuda_driver", machine.cuda_driver},
-               {"cuda_runtime", machine.cuda_runtime},
-               {"library", build.version},
-               {"kernels", build.cuda},
-               {"commit", commit()},
-               {"plain_read", read(machine.plain_read)},
-               {"bulk_read", read(machine.bulk_read)}};
+  Json json = to_json(machine);
   Json &results = json["results"] = Json::array();
   for (const Row &row : rows) {
     const std::optional<Figure> figure = figure_of(rows, row.operation, row.head_dim, row.bits);
-    Json entry = {{"operation", row.operation},
-                  {"head_dim", row.head_dim},
-                  {"bits", row.bits},
-                  {"vectors", row.vectors},
-                  {"bytes", row.bytes},
-                  {"microseconds", rounded(row.time.median * 1e6, 1000)},
-                  {"microseconds_min", rounded(row.time.least * 1e6, 1000)},
-                  {"microseconds_p90", rounded(row.time.p90 * 1e6, 1000)},
-                  {"gigabytes_per_second", rounded(double(row.bytes) / row.time.median * 1e-9, 10)},
-                  {"ceiling_microseconds", rounded(row.ceiling.seconds * 1e6, 1000)},
-                  {"ceiling_kernel", row.ceiling.kernel},
-                  {"share", rounded(row.share(), 10000)}};
+    Json entry = {
+        {"operation", row.operation}, {"head_dim", row.head_dim}, {"bits", row.bits}, {"vectors", row.vectors}};
+    append_times(row.bytes, row.time, row.ceiling, &entry);
     if (figure) {
       entry["figure"] = figure->text();
       entry["met"] = figure->met_by(row);
@@ -184,34 +120,6 @@ nlohmann::ordered_json to_json(const Machine &machine, const std::vector<Row> &r
   }
   return json;
 }
-
-// A file that takes its name only when it is whole.
-class AtomicFile {
- public:
-  // Opened before anything is measured: a path that cannot be written is found at once.
-  explicit AtomicFile(std::string path) : path_(std::move(path)), partial_(path_ + ".partial"), out_(partial_) {
-    if (!out_) throw std::runtime_error(partial_ + " cannot be written: " + std::strerror(errno));
-  }
-  ~AtomicFile() {
-    if (!kept_) std::remove(partial_.c_str());
-  }
-  AtomicFile(const AtomicFile &) = delete;
-  AtomicFile &operator=(const AtomicFile &) = delete;
-  void keep(const std::string &text) {
-    out_ << text;
-    out_.close();
-    if (!out_) throw std::runtime_error(partial_ + " cannot be written: " + std::strerror(errno));
-    if (std::rename(partial_.c_str(), path_.c_str()) != 0) {
-      throw std::runtime_error(path_ + " cannot be replaced: " + std::strerror(errno));
-    }
-    kept_ = true;
-  }
-
- private:
-  std::string path_, partial_;
-  std::ofstream out_;
-  bool kept_ = false;
-};
 
 int run(const CodecOptions &options, const std::string &json_path, bool check) {
   std::optional<AtomicFile> file;
@@ -222,6 +130,7 @@ int run(const CodecOptions &options, const std::string &json_path, bool check) {
                               [&](const Machine &measured) {
                                 machine = measured;
                                 print_machine(machine);
+                                print_header();
                               },
                           .row =
                               [&](const Row &row) {
@@ -230,10 +139,7 @@ int run(const CodecOptions &options, const std::string &json_path, bool check) {
                               },
                           .refused = [](const std::string &why) { std::printf("not measured: %s\n", why.c_str()); }});
   if (file) file->keep(to_json(machine, rows).dump(1) + "\n");
-  const std::vector<std::string> missed = missed_figures(rows, options.head_dims);
-  std::printf("\n%zu figures missed%s\n", missed.size(), missed.empty() ? "" : ":");
-  for (const std::string &line : missed) std::printf("  %s\n", line.c_str());
-  return check && !missed.empty() ? kMissed : 0;
+  return conclude(missed_figures(rows, options.head_dims), check);
 }
 
 }  // namespace

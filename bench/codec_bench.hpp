@@ -7,22 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "gpu.hpp"
+
 namespace tqkv_bench {
 
 struct CodecOptions {
   std::vector<int> head_dims;
   bool quick = false;  // few replays
-};
-
-// Seconds of one call, over replays of a graph of many.
-struct Timing {
-  double median = 0, least = 0, p90 = 0;
-};
-
-// The fastest of the kernels that move the same bytes and do nothing else.
-struct Ceiling {
-  double seconds = 0;
-  std::string kernel;
 };
 
 struct Row {
@@ -33,14 +24,6 @@ struct Row {
   Ceiling ceiling;
 
   double share() const { return ceiling.seconds / time.median; }
-};
-
-struct Machine {
-  std::string device, driver, cuda_driver, cuda_runtime;
-  int compute_capability = 0, multiprocessors = 0;
-  double clock_mhz = 0;           // of the multiprocessors, measured
-  int64_t read_bytes = 0;         // by each of:
-  Ceiling plain_read, bulk_read;  // bulk: without a kernel where the device or the build has no bulk copies
 };
 
 struct CodecSink {

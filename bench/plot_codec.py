@@ -14,7 +14,7 @@ BITS = (4, 3, 2)
 HEAD_DIMS = (64, 96, 128, 256)
 REFERENCE = 128
 # Told apart by lightness as well as by hue.
-COLOURS = ("#14487a", "#3b8fc2", "#8fc9e8", "#c9d6df")
+COLOURS = ("#14487a", "#3b8fc2", "#8fc9e8", "#c9d6df", "#e3b778")
 
 
 class Results:
@@ -65,7 +65,7 @@ def bars(axes, results, groups, labels, legend):
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=len(legend), frameon=False, handlelength=1)
 
 
-def plot(results, path):
+def load_pyplot():
     try:
         import matplotlib
     except ImportError:
@@ -76,6 +76,17 @@ def plot(results, path):
     # The same results give the same file; text is drawn by the viewer and stays text.
     pyplot.rcParams.update({"svg.hashsalt": "tqkv", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif",
                             "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"]})
+    return pyplot
+
+
+def save(figure, path):
+    figure.tight_layout()
+    # A white ground, so that it reads on a dark page too.
+    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.endswith(".svg") else None)
+
+
+def plot(results, path):
+    pyplot = load_pyplot()
     figure, (by_bits, by_head_dim) = pyplot.subplots(1, 2, figsize=(8.6, 3.3), sharey=True)
     bars(by_bits, results, [[(key, REFERENCE, bits) for bits in BITS] for key in OPERATIONS.values()],
          list(OPERATIONS), [f"{bits} bits" for bits in BITS])
@@ -87,9 +98,7 @@ def plot(results, path):
     by_head_dim.set_title("4 bits, by head_dim", fontsize=9)
     title = f"{results.device}: share of what a kernel reaches that only moves the bytes"
     figure.suptitle(", ".join(filter(None, (title, results.date))), fontsize=10)
-    figure.tight_layout()
-    # A white ground, so that it reads on a dark page too.
-    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.endswith(".svg") else None)
+    save(figure, path)
 
 
 def print_table(results):

@@ -4,6 +4,7 @@
 // that those are compared with, and what all others get.
 #pragma once
 
+#include "kernels/device/rotation.cuh"
 #include "kernels/device/vector.cuh"
 
 namespace tqkv::cuda {
@@ -18,67 +19,6 @@ struct GenericScratch {
   uint8_t record[2 * kMaxDim];
 };
 
-__device__ inline float warp_max(float x) {
-  for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, lane));
-  return x;
-}
-
-__device__ inline int warp_max(int x) {
-  for (int lane = 16; lane > 0; lane /= 2) x = max(x, __shfl_xor_sync(kAll, x, lane));
-  return x;
-}
-
-template <class T>
-__device__ T warp_sum(T x) {
-  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(kAll, x, lane);
-  return x;
-}
-
-template <class T>
-__device__ void flip_signs(const SideParams &side, int round, int lane, T *x) {
-  for (int c = lane; c < side.head_dim; c += 32) {
-    if (side.signs[round][c >> 5] >> (c & 31) & 1) x[c] = -x[c];
-  }
-  __syncwarp();
-}
-
-// x becomes H_base (or its transpose) of each block of it; `scratch` is overwritten.
-template <class T>
-__device__ void apply_base(const SideParams &side, bool transpose, int lane, T *x, T *scratch) {
-  const int m = side.base;
-  if (m == 1) return;
-  for (int c = lane; c < side.head_dim; c += 32) {
-    const int stride = side.head_dim / m, i = c / stride;
-    const T *v = x + c % stride;
-    T sum = 0;
-    for (int j = 0; j < m; j += 4) {
-      const auto term = [&](int k) {
-        const uint64_t negative = transpose ? side.base_rows[j + k] >> i & 1 : side.base_rows[i] >> (j + k) & 1;
-        return negative != 0 ? -v[(j + k) * stride] : v[(j + k) * stride];
-      };
-      const T group = (term(0) + term(1)) + (term(2) + term(3));
-      sum = j == 0 ? group : sum + group;
-    }
-    scratch[c] = sum;
-  }
-  __syncwarp();
-  for (int c = lane; c < side.head_dim; c += 32) x[c] = scratch[c];
-  __syncwarp();
-}
-
-template <class T>
-__device__ void butterflies(const SideParams &side, int lane, T *x) {
-  for (int stride = 1; stride < side.head_dim / side.base; stride *= 2) {
-    for (int pair = lane; pair < side.head_dim / 2; pair += 32) {
-      const int i = pair / stride * 2 * stride + pair % stride;
-      const T a = x[i], b = x[i + stride];
-      x[i] = a + b;
-      x[i + stride] = a - b;
-    }
-    __syncwarp();
-  }
-}
-
 // Y of quantize.hpp, where no matrix was applied.
 __device__ inline void rotate_integers(const SideParams &side, int lane, int32_t *y, int32_t *scratch) {
   for (int round = 0; round < side.rounds; ++round) {
@@ -89,14 +29,6 @@ __device__ inline void rotate_integers(const SideParams &side, int lane, int32_t
   if (side.rounds < 2) return;
   for (int c = lane; c < side.head_dim; c += 32) y[c] = to_integer(float(y[c]), side.round_gain);
   __syncwarp();
-}
-
-__device__ inline void rotate_back(const SideParams &side, int lane, float *x, float *scratch) {
-  for (int round = side.rounds - 1; round >= 0; --round) {
-    apply_base(side, true, lane, x, scratch);
-    butterflies(side, lane, x);
-    flip_signs(side, round, lane, x);
-  }
 }
 
 // squared_norm() of quantize.hpp: a lane is a cell.

@@ -11,5 +11,8 @@ int encode_generic(const VectorCall &call, const DeviceLimits &limits, void *str
 int decode_generic(const VectorCall &call, const DeviceLimits &limits, void *stream);
 int load_copy();
 int load_merge();
+int load_attention_kernels();
+int load_attention_prepare();
+int load_attention_finish();
 
 }  // namespace tqkv::cuda

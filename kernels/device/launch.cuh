@@ -20,4 +20,22 @@ int launch(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_byte
   return cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...);
 }
 
+// The same for a kernel that may start before the kernel queued before it has ended: it calls grid_dependency_wait()
+// before it touches what that one writes or reads. For devices of compute capability 9.0 on.
+template <class... P, class... A>
+int launch_dependent(void (*kernel)(P...), dim3 grid, unsigned threads, size_t shared_bytes, void *stream,
+                     A &&...args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = cudaStream_t(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...);
+}
+
 }  // namespace tqkv::cuda

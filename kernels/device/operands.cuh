@@ -359,17 +359,16 @@ struct VCodes {
     if constexpr (kFirst + part_size(kFirst) < kHeadDim) expand<kPairs, kFirst + part_size(kFirst)>(c, table, g, a);
   }
 
-  // The channel of row g + 8 r of tile m, and how far its bytes are shifted to the left.
+  // The channel of row g + 8 r of tile m, and how far its bytes are shifted to the left. The second form leaves a kernel
+  // nothing to divide by.
   static constexpr int channel(int m, int r, int g) {
-    const int first = part_of(m), share = sharers(first), count = words(first);
-    const int i = 2 * (m - first / 16) + r;  // of the lane's channels in this part
-    const int chunk = first + kUnit * (g / share), byte = count * (g % share);
-    if (kBits == 8) return chunk + byte + i;
-    if (kBits == 4) return chunk + 2 * byte + i;
-    if (share == 16 || (kBits == 2 && share == 8)) return first + 2 * (g >> 1) + 8 * (g & 1) + i;
-    if (share == 8) return first + 16 * (g >> 2) + 2 * (g & 3) + 8 * (i >> 1) + (i & 1);
-    const int fields = kUnit / 8;
-    return chunk + 2 * (byte + i / (2 * fields)) + 8 * (i / 2 % fields) + (i & 1);
+    const int first = part_of(m);
+    return channel_in(first, sharers(first), words(first), m, r, g);
+  }
+  template <int m>
+  TQKV_HOST_DEVICE int channel_of(int r, int g) {
+    constexpr int kFirst = part_of(m), kShare = sharers(kFirst), kCount = words(kFirst);
+    return channel_in(kFirst, kShare, kCount, m, r, g);
   }
   static constexpr int shift(int m, int r) { return !kUniform || sharers(part_of(m)) == 8 ? 0 : 4 * r + 2 * (m & 1); }
 
@@ -378,6 +377,17 @@ struct VCodes {
     int first = 0;
     while (16 * m >= first + part_size(first)) first += part_size(first);
     return first;
+  }
+
+  static constexpr int channel_in(int first, int share, int count, int m, int r, int g) {
+    const int i = 2 * (m - first / 16) + r;  // of the lane's channels in this part
+    const int chunk = first + kUnit * (g / share), byte = count * (g % share);
+    if (kBits == 8) return chunk + byte + i;
+    if (kBits == 4) return chunk + 2 * byte + i;
+    if (share == 16 || (kBits == 2 && share == 8)) return first + 2 * (g >> 1) + 8 * (g & 1) + i;
+    if (share == 8) return first + 16 * (g >> 2) + 2 * (g & 3) + 8 * (i >> 1) + (i & 1);
+    const int fields = kUnit < 8 ? 1 : kUnit / 8;  // of 8 channels
+    return chunk + 2 * (byte + i / (2 * fields)) + 8 * (i / 2 % fields) + (i & 1);
   }
 
   // Levels of the channels of a word's low and high nibbles; the table gives them by pairs of tokens.

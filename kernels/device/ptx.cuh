@@ -50,24 +50,57 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
-// mma.sync.aligned.m16n8k32.row.col.s32.{u8,s8}.s8.s32: d = A B + c, A [16, 32] of bytes A, B [32, 8] of signed bytes, all
-// 32 lanes together. Of lane 4 g + t (g = 0 .. 7, t = 0 .. 3):
+// The two f16 numbers of a word.
+__device__ __forceinline__ void f32_pair_from_f16(uint32_t packed, float &low, float &high) {
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+      : "=f"(low), "=f"(high)
+      : "r"(packed));
+}
+
+// ex2.approx.ftz.f32 and rcp.approx.ftz.f32: 2^x and 1/x within 2 and 1 ulp; subnormal numbers are zeros.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// lg2.approx.ftz.f32.
+__device__ __forceinline__ float log2_approx(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// mma.sync.aligned.m16n8k32.row.col.s32.{u8,s8}.{u8,s8}.s32: d = A B + c, A [16, 32] of bytes A, B [32, 8] of bytes B,
+// all 32 lanes together. Of lane 4 g + t (g = 0 .. 7, t = 0 .. 3):
 //   a[0], a[2]: row g, columns 4 t .. 4 t + 3 and those + 16; a[1], a[3]: the same of row g + 8
 //   b[0], b[1]: column g, rows 4 t .. 4 t + 3 and those + 16
 //   c, d [0], [1]: row g, columns 2 t and 2 t + 1; [2], [3]: the same of row g + 8
 template <class A, class B>
 __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                              const int32_t (&c)[4]) {
-  static_assert(sizeof(A) == 1 && std::is_same_v<B, int8_t>);
-  if constexpr (std::is_same_v<A, int8_t>) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+  static_assert(std::is_same_v<A, uint8_t> || std::is_same_v<A, int8_t>);
+  static_assert(std::is_same_v<B, uint8_t> || std::is_same_v<B, int8_t>);
+#define TQKV_MMA(types)                                                                                               \
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." types ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};" \
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])                                                                \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]))
+  if constexpr (std::is_same_v<A, int8_t> && std::is_same_v<B, int8_t>) {
+    TQKV_MMA("s8.s8");
+  } else if constexpr (std::is_same_v<A, int8_t>) {
+    TQKV_MMA("s8.u8");
+  } else if constexpr (std::is_same_v<B, int8_t>) {
+    TQKV_MMA("u8.s8");
   } else {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    TQKV_MMA("u8.u8");
   }
+#undef TQKV_MMA
 }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32: d = A B + c, A [16, 16] and B [16, 8] of f16, subnormal ones
@@ -80,6 +113,86 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// bar.sync: waits until `threads` threads, whole warps of them, have come to barrier `id` (1 .. 15; __syncthreads is 0).
+// Orders memory among them.
+__device__ __forceinline__ void group_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- Hopper: barriers that count arrivals and copied bytes, copies by hardware, launches that overlap. Code for earlier
+// devices compiles, but traps; griddepcontrol does nothing there.
+//
+// A barrier is an object of 8 bytes in shared memory. Its phases are numbered from 0 and complete one after the other:
+// each when `count` threads have arrived and all bytes that they said to expect have been copied. Waiting for a phase
+// orders memory after the arrivals and the copies; whoever waits names the phase by its lowest bit, so it must not be two
+// phases behind. For the phase before the first (parity 1) nobody has to wait.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define TQKV_HOPPER(...) asm volatile(__VA_ARGS__)
+#else
+#define TQKV_HOPPER(...) __trap()
+#endif
+
+__device__ __forceinline__ void barrier_init(uint64_t *barrier, uint32_t count) {
+  TQKV_HOPPER("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// After the thread's barrier_init, before __syncthreads: bulk_copy sees the barriers, too.
+__device__ __forceinline__ void barrier_init_fence() {
+  TQKV_HOPPER("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
+  TQKV_HOPPER("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives and adds `bytes` to what is to be copied in this phase; the copies may come before or after.
+__device__ __forceinline__ void barrier_arrive_expect(uint64_t *barrier, uint32_t bytes) {
+  TQKV_HOPPER("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+              : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity) {
+  const uint32_t address = shared_address(barrier);
+  uint32_t complete = 0;
+  do {
+    TQKV_HOPPER(
+        "{ .reg .pred complete; mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2; selp.u32 %0, 1, 0, "
+        "complete; }"
+        : "=r"(complete)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (complete == 0);
+}
+
+// cp.async.bulk: one thread starts the copy, which `barrier` counts. Addresses and size are multiples of 16 bytes. Shared
+// memory that threads have read before may be overwritten once they have arrived at a barrier that this thread waited for.
+__device__ __forceinline__ void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *barrier) {
+  TQKV_HOPPER("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                  shared_address(shared)),
+              "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+              : "memory");
+}
+
+// fence.proxy.async: what the thread has stored to shared memory comes before bulk copies that overwrite it later.
+__device__ __forceinline__ void bulk_copy_fence() {
+  TQKV_HOPPER("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#undef TQKV_HOPPER
+
+// griddepcontrol: waits until the kernels before have ended and their writes are visible; lets the next kernel start,
+// once all blocks have said so or ended. See launch_dependent().
+__device__ __forceinline__ void grid_dependency_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void grid_dependency_launch() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 }  // namespace tqkv::cuda

@@ -7,9 +7,14 @@ using namespace tqkv;
 
 namespace {
 
-tq_status check_attention_device(const Codec &codec) {
-  if (codec.device != TQ_DEVICE_CUDA) return TQ_OK;
-  return fail(TQ_ERROR_NOT_SUPPORTED, "the codec is on CUDA; this version computes attention on the CPU only");
+// What the call needs of workspace; `workspace` is filled in for the CPU.
+tq_status size_workspace(const AttentionCall &call, AttentionWorkspace *workspace, size_t *bytes) {
+#ifdef TQKV_HAVE_CUDA
+  if (call.codec->device == TQ_DEVICE_CUDA) return cuda_attention_workspace(call, bytes);
+#endif
+  TQKV_TRY(attention_workspace(call, workspace));
+  *bytes = size_t(workspace->bytes);
+  return TQ_OK;
 }
 
 }  // namespace
@@ -20,13 +25,10 @@ tq_status tq_attention_workspace(const tq_codec *codec, const tq_attention_args 
     tq_attention_args args{};
     TQKV_TRY(read_struct(given, "args", &args));
     if (bytes == nullptr) return fail(TQ_ERROR_NULL_POINTER, "bytes is NULL");
-    TQKV_TRY(check_attention_device(*codec->codec));
     AttentionCall call;
     AttentionWorkspace workspace;
     TQKV_TRY(make_call(*codec->codec, args, true, &call));
-    TQKV_TRY(attention_workspace(call, &workspace));
-    *bytes = size_t(workspace.bytes);
-    return TQ_OK;
+    return size_workspace(call, &workspace, bytes);
   });
 }
 
@@ -35,13 +37,16 @@ tq_status tq_paged_attention(const tq_codec *codec, const tq_attention_args *giv
     TQKV_TRY(check_codec(codec));
     tq_attention_args args{};
     TQKV_TRY(read_struct(given, "args", &args));
-    TQKV_TRY(check_attention_device(*codec->codec));
     AttentionCall call;
     AttentionWorkspace workspace;
+    size_t bytes = 0;
     TQKV_TRY(make_call(*codec->codec, args, false, &call));
-    TQKV_TRY(attention_workspace(call, &workspace));
-    TQKV_TRY(check_workspace(args.workspace, args.workspace_bytes, size_t(workspace.bytes)));
+    TQKV_TRY(size_workspace(call, &workspace, &bytes));
+    TQKV_TRY(check_workspace(args.workspace, args.workspace_bytes, bytes));
     call.workspace = static_cast<uint8_t *>(args.workspace);
+#ifdef TQKV_HAVE_CUDA
+    if (codec->codec->device == TQ_DEVICE_CUDA) return cuda_attention(call, args.stream);
+#endif
     run_attention_cpu(call, workspace);
     return TQ_OK;
   });

@@ -93,7 +93,8 @@ tq_status check_numbers(const tq_attention_args &args) {
 // call's bounds only.
 void choose_splits(const tq_attention_args &args, AttentionCall *call) {
   const int64_t length = std::max<int64_t>(call->max_length, 1);
-  if (args.split_tokens != 0) {
+  call->fixed_split = args.split_tokens != 0;
+  if (call->fixed_split) {
     call->split_tokens = args.split_tokens;
   } else {
     constexpr int64_t kPieces = 64, kLeastTokens = 1024;

@@ -43,6 +43,7 @@ struct AttentionCall {
 
   // How the work is cut: keys in splits of this many tokens, at most `splits` of them.
   int64_t split_tokens = 0, splits = 1;
+  bool fixed_split = false;  // the caller chose the size
   uint8_t *workspace = nullptr;
 };
 

@@ -2,9 +2,14 @@
 // What of attention runs on CUDA devices.
 #pragma once
 
-#include "codec/codec.hpp"
+#include "attention/call.hpp"
 
 namespace tqkv {
+
+// What the call needs; refuses, by name, what the kernels cannot do.
+[[nodiscard]] tq_status cuda_attention_workspace(const AttentionCall &call, size_t *bytes);
+// A call whose workspace is given.
+[[nodiscard]] tq_status cuda_attention(const AttentionCall &call, void *stream);
 
 [[nodiscard]] tq_status cuda_merge(const Codec &codec, const tq_merge_args &args);
 

@@ -78,7 +78,11 @@ TEST_CASE("every pair of widths, plain decoding") {
         config.kv_heads = 2;
         const auto scenario = plain_scenario(random, target, config, 8, {131, 16, 1}, 9);
         INFO(target.name << ' ' << scenario->describe());
-        check(target, *scenario, attention_tolerance(target));
+        if (attends(target, config)) {
+          check(target, *scenario, attention_tolerance(target));
+        } else {
+          CHECK(scenario->run_on(target).status == TQ_ERROR_NOT_SUPPORTED);
+        }
       }
     }
   }
@@ -117,7 +121,8 @@ TEST_CASE("lengths around the edges, and bad ones") {
       for (size_t i = 0; i < single.out.size(); ++i) {
         error += std::pow(single.out[i] - got.out[6 * 3 * 64 + i], 2), size += std::pow(single.out[i], 2);
       }
-      CHECK(std::sqrt(error) <= 1e-6 * std::sqrt(size));
+      const double most = target.device->kind() == TQ_DEVICE_CUDA ? attention_tolerance(target) : 1e-6;
+      CHECK(std::sqrt(error) <= most * std::sqrt(size));
     }
   }
 }
@@ -147,6 +152,7 @@ TEST_CASE("the same call gives the same bits, whatever the threads") {
           random.bits(), target, {.config = {.max_head_dim = 96, .allow_matrices = false}, .max_blocks_of_16 = 60});
       const AttentionRun first = scenario->run_on(target);
       CHECK(same_bits(first, scenario->run_on(target)));
+      if (target.device->kind() == TQ_DEVICE_CUDA) continue;
       for (int threads : {1, 2, 5}) {
         tq_config config = scenario->config;
         config.threads = threads;
@@ -212,7 +218,9 @@ TEST_CASE("without a fixed split size neighbours change at most rounding") {
       error += std::pow(alone.out[i] - all.out[i], 2), size += std::pow(alone.out[i], 2);
     }
     INFO(target.name);
-    CHECK(std::sqrt(error) <= 1e-6 * std::sqrt(size));
+    // On CUDA weights are rounded to 16 bits, after a factor that depends on the keys before them.
+    const double most = target.device->kind() == TQ_DEVICE_CUDA ? attention_tolerance(target) : 1e-6;
+    CHECK(std::sqrt(error) <= most * std::sqrt(size));
   }
 }
 
@@ -264,8 +272,8 @@ TEST_CASE("the key offset restores the original logits") {
 TEST_CASE("exact pages: keys in range are read raw, all others coded") {
   FRESH(random, "attention exact");
   for (const Target &target : targets()) {
-    // One-bit codes and a raw copy differ so much that one key from the wrong place shows.
-    tq_config config = make_config(target, 32, 1, 1);
+    // Two-bit codes and a raw copy differ so much that one key from the wrong place shows.
+    tq_config config = make_config(target, 64, 2, 2);
     config.exact_block_size_tokens = 8;
     for (int round = 0; round < 10; ++round) {
       const int32_t length = int32_t(random.integer(1, 160));
@@ -313,10 +321,10 @@ TEST_CASE("bad row offsets, and queries or lengths over their bounds, cost only 
   FRESH(random, "attention offsets");
   for (const Target &target : targets()) {
     const auto fresh = [&] {
-      auto scenario = plain_scenario(random, target, make_config(target, 32, 4, 4), 2, {20, 30, 40, 10}, 3);
+      auto scenario = plain_scenario(random, target, make_config(target, 64, 4, 4), 2, {20, 30, 40, 10}, 3);
       scenario->call.cu_seqlens = {0, 2, 3, 5, 6};
       scenario->call.args.num_tokens = 7;
-      scenario->call.q = encode_elements(normals(random, 7 * 2 * 32), TQ_TYPE_F32);
+      scenario->call.q = encode_elements(normals(random, 7 * 2 * 64), TQ_TYPE_F32);
       return scenario;
     };
     const auto check_fault = [&](const Scenario &s, uint64_t count, int64_t first) {
@@ -359,8 +367,8 @@ TEST_CASE("bad row offsets, and queries or lengths over their bounds, cost only 
       check_fault(*s, 1, indptr[0] < 0 ? 0 : 3);
     }
     s = fresh();
-    s->call.k_new = encode_elements(normals(random, 7 * 32), TQ_TYPE_F32);
-    s->call.v_new = encode_elements(normals(random, 7 * 32), TQ_TYPE_F32);
+    s->call.k_new = encode_elements(normals(random, 7 * 64), TQ_TYPE_F32);
+    s->call.v_new = encode_elements(normals(random, 7 * 64), TQ_TYPE_F32);
     s->call.lengths[2] = 1;  // its call brings two tokens
     check_fault(*s, 1, 2);
   }
@@ -370,14 +378,14 @@ TEST_CASE("faults are optional") {
   FRESH(random, "attention no faults");
   const Target &target = targets().front();
   if (target.device->kind() != TQ_DEVICE_CPU) return;
-  auto s = plain_scenario(random, target, make_config(target, 32, 4, 4), 2, {20, -1, 17}, 2);
+  auto s = plain_scenario(random, target, make_config(target, 64, 4, 4), 2, {20, -1, 17}, 2);
   s->call.block_table[5] = 99;
   const AttentionRun counted = s->run_on(target);
   CHECK(counted.faults.count[TQ_FAULT_LENGTH] == 1);
   CHECK(counted.faults.count[TQ_FAULT_BLOCK] == 1);
   tq_pages pages, exact;
   tq_attention_args args = s->call.host_args(&pages, &exact);
-  std::vector<float> out(3 * 2 * 32, std::nanf(""));
+  std::vector<float> out(3 * 2 * 64, std::nanf(""));
   args.out = out.data();
   size_t bytes = 0;
   REQUIRE(tq_attention_workspace(s->codec.get(), &args, &bytes) == TQ_OK);

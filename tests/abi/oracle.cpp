@@ -426,6 +426,7 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
   result.lse.assign(size_t(rows), -kInfinity);
   result.magnitude.assign(size_t(rows), 0.0);
   result.logit.assign(size_t(rows), 0.0);
+  result.query_rounding.assign(size_t(rows), 0.0);
   result.fault.assign(size_t(args.num_seqs), -1);
   result.entries.resize(size_t(args.num_seqs));
   result.exact_entries.resize(size_t(args.num_seqs));
@@ -555,7 +556,7 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
           q.push_back(read_element(args.q, args.q_type, row * q_token_stride + h * q_head_stride + c));
         }
         struct Key {
-          double x, size;  // the logit, and the sum of the magnitudes of its terms
+          double x, size, norm;  // the logit, the sum of the magnitudes of its terms, and the norm of what is coded
           const Vector *value;
         };
         std::vector<Key> keys;
@@ -566,6 +567,7 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
           const Vector *value =
               kind == Place::kNew ? &fetch_new(TQ_SIDE_V, slot, g) : &fetch(is_exact, TQ_SIDE_V, slot, g);
           Vector key = kind == Place::kNew ? fetch_new(TQ_SIDE_K, slot, g) : fetch(is_exact, TQ_SIDE_K, slot, g);
+          const double coded_norm = kind == Place::kCoded ? norm(key) : 0;
           for (int c = 0; c < head_dim_k && kind == Place::kCoded && args.key_offset; ++c) {
             key[size_t(c)] += args.key_offset[int64_t(g) * head_dim_k + c];
           }
@@ -577,16 +579,19 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
             size += std::fabs(double(args.alibi_slopes[h]) * double(j - p));
           }
           maximum = std::max(maximum, x);
-          keys.push_back({x, size, value});
+          keys.push_back({x, size, coded_norm, value});
         }
         if (keys.empty()) continue;
         double z = args.sinks ? std::exp(double(args.sinks[h]) - maximum) : 0;
         Vector sum(size_t(head_dim_v), 0.0), absolute(size_t(head_dim_v), 0.0);
-        double largest = 0;
-        for (const auto &[x, size, value] : keys) {
+        double largest = 0, largest_norm = 0;
+        for (const auto &[x, size, coded_norm, value] : keys) {
           const double weight = std::exp(x - maximum);
           z += weight;
-          if (weight > 1e-9) largest = std::max(largest, size);
+          if (weight > 1e-9) {
+            largest = std::max(largest, size);
+            largest_norm = std::max(largest_norm, coded_norm);
+          }
           for (int c = 0; c < head_dim_v; ++c) {
             sum[size_t(c)] += weight * (*value)[size_t(c)];
             absolute[size_t(c)] += weight * std::fabs((*value)[size_t(c)]);
@@ -597,6 +602,12 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
         result.lse[index] = maximum + std::log(z);
         result.magnitude[index] = norm(absolute) / z;
         result.logit[index] = largest;
+        double largest_channel = 0;
+        for (const double y : codec.k.rotated ? multiply(codec.k.rotation, q) : q) {
+          largest_channel = std::max(largest_channel, std::fabs(y));
+        }
+        result.query_rounding[index] =
+            4 * std::fabs(scale) * largest_channel * 0x1p-15 / std::sqrt(12.0) * largest_norm;
       }
     }
   }

@@ -64,7 +64,9 @@ std::unique_ptr<Scenario> random_scenario(uint64_t seed, const Target &target, c
   random.engine().seed(seed);
   auto scenario = std::make_unique<Scenario>();
   Scenario &s = *scenario;
-  s.config = random_config(random, target, &s.storage, limits.config);
+  ConfigLimits config_limits = limits.config;
+  config_limits.attends = true;
+  s.config = random_config(random, target, &s.storage, config_limits);
   s.codec = make_codec(s.config);
   s.info = info_of(s.codec.get());
   s.reader = std::make_unique<oracle::Codec>(s.config, s.info);

@@ -63,7 +63,10 @@ struct ConfigStorage {
 struct ConfigLimits {
   int max_head_dim = 160;
   bool allow_matrices = true;  // dense and custom rotations
+  bool attends = false;        // what attention takes on the target
 };
+// Whether attention on the target's device takes a codec.
+bool attends(const Target &target, const tq_config &config);
 tq_config random_config(Random &random, const Target &target, ConfigStorage *storage, const ConfigLimits &limits = {});
 std::vector<float> random_orthogonal(Random &random, int n);
 
@@ -132,6 +135,7 @@ struct AttentionRun {
   bool has_lse = true;
   std::vector<float> lse;  // [tokens, q_heads]
   tq_faults faults{};
+  bool integer_queries = false;  // queries for coded keys are rounded to 16 bits
 };
 // Whether output and log-sum-exp are the same, bit for bit.
 bool same_bits(const AttentionRun &a, const AttentionRun &b);

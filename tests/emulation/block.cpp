@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -17,11 +19,16 @@
 #endif
 #if defined(TQKV_EMULATION_RACES)
 #include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_read_range(void *at, unsigned long bytes);
+extern "C" void __tsan_write_range(void *at, unsigned long bytes);
 extern "C" void AnnotateIgnoreReadsBegin(const char *file, int line);
 extern "C" void AnnotateIgnoreReadsEnd(const char *file, int line);
 extern "C" void AnnotateIgnoreWritesBegin(const char *file, int line);
 extern "C" void AnnotateIgnoreWritesEnd(const char *file, int line);
 #endif
+
+// The program's own data, by the linker: static variables are there.
+extern "C" const char __data_start[], _end[];
 
 // Saves what a function must preserve on the stack, stores the stack pointer and continues where the other left off.
 extern "C" void tqkv_emulation_switch(void **save, void *load);
@@ -94,6 +101,8 @@ namespace {
 
 constexpr unsigned kLanes = 32;
 constexpr size_t kStackBytes = size_t{256} << 10;
+constexpr int kMaxBarriers = 256;
+constexpr uint32_t kMaxCount = (1u << 20) - 1;  // an mbarrier's, of arrivals and of bytes
 
 // A stack and what is on it, while it does not run. The host's is that of the thread that calls run().
 struct Context {
@@ -107,6 +116,33 @@ struct Context {
 struct Thread : Context {
   uint3 index;
   void *exchange = nullptr;  // what it brought to the collective it waits at
+  int waits_for = -1;        // index of an mbarrier
+};
+
+struct Copy {
+  void *to;
+  const void *from;
+  uint32_t bytes;
+};
+
+// An mbarrier. The word in shared memory only says which one it is.
+struct Barrier {
+  uint64_t *word;
+  unsigned initialiser;  // thread
+  bool fenced;
+  unsigned count, pending;    // arrivals
+  uint32_t expected, issued;  // bytes, in this phase
+  unsigned phase;
+  unsigned num_passing;  // threads that waited for the phase before and have not run since
+  std::vector<Copy> copies;
+  char order[2];  // by the phase's parity
+};
+
+// bar.sync's, but for number 0.
+struct GroupBarrier {
+  unsigned threads, arrived, count;  // count: how often all have come
+  unsigned lanes[kMaxThreads / kLanes];
+  char order[2];
 };
 
 // Lanes on their way to, or at, one collective.
@@ -117,7 +153,7 @@ struct Meeting {
 };
 
 struct Warp {
-  unsigned exist = 0, ready = 0, returned = 0, at_barrier = 0;  // bits of lanes
+  unsigned exist = 0, ready = 0, returned = 0, at_barrier = 0, at_group_barrier = 0;  // bits of lanes
   int num_meetings = 0;
   unsigned count = 0;  // of meetings so far
   Meeting meetings[kLanes];
@@ -133,8 +169,12 @@ struct Block {
   unsigned threads = 0, num_warps = 0, num_ready_to_pass = 0, num_returned = 0, num_barriers = 0;
   bool descending = false;
   const std::function<void()> *kernel = nullptr;
+  size_t shared_bytes = 0;
   Warp warps[kMaxThreads / kLanes];
   Thread thread[kMaxThreads];
+  int num_mbarriers = 0;
+  Barrier mbarriers[kMaxBarriers];
+  GroupBarrier group_barriers[16];
   char begin, end, order[2];
 };
 Block block;
@@ -154,6 +194,22 @@ void happens_after([[maybe_unused]] char &order) {
 }
 
 alignas(1024) uint8_t shared_bytes_of_block[kMaxSharedBytes];
+
+// Reads and writes by what is not the running thread's own code.
+void reads([[maybe_unused]] const void *at, [[maybe_unused]] size_t bytes) {
+#if defined(TQKV_EMULATION_RACES)
+  __tsan_read_range(const_cast<void *>(at), bytes);
+#elif defined(__SANITIZE_ADDRESS__)
+  if (const void *bad = __asan_region_is_poisoned(const_cast<void *>(at), bytes)) stop("reads %p, but may not", bad);
+#endif
+}
+void writes([[maybe_unused]] void *at, [[maybe_unused]] size_t bytes) {
+#if defined(TQKV_EMULATION_RACES)
+  __tsan_write_range(at, bytes);
+#elif defined(__SANITIZE_ADDRESS__)
+  if (const void *bad = __asan_region_is_poisoned(at, bytes)) stop("writes %p, but may not", bad);
+#endif
+}
 
 Warp &warp_of(unsigned thread) {
   return block.warps[thread / kLanes];
@@ -195,6 +251,20 @@ unsigned next_lane(unsigned ready, unsigned lane) {
   for (unsigned w = 0; w < block.num_warps; ++w) {
     const Warp &warp = block.warps[w];
     std::fprintf(stderr, "warp %u: lanes %08x returned, %08x wait at __syncthreads", w, warp.returned, warp.at_barrier);
+    for (int i = 0; i < 16; ++i) {
+      const GroupBarrier &g = block.group_barriers[i];
+      if (g.lanes[w] == 0) continue;
+      std::fprintf(stderr, ", %08x at group_barrier(%d, %u), which %u threads came to", g.lanes[w], i, g.threads,
+                   g.arrived);
+    }
+    for (int i = 0; i < block.num_mbarriers; ++i) {
+      const Barrier &b = block.mbarriers[i];
+      unsigned lanes = 0;
+      for (unsigned l = 0; l < kLanes; ++l) lanes |= unsigned(block.thread[w * kLanes + l].waits_for == i) << l;
+      if (lanes == 0) continue;
+      std::fprintf(stderr, ", %08x for phase %u of barrier %d (%p; %u of %u arrivals, %u of %u bytes)", lanes, b.phase,
+                   i, static_cast<void *>(b.word), b.count - b.pending, b.count, b.issued, b.expected);
+    }
     for (int i = 0; i < warp.num_meetings; ++i) {
       const Meeting &m = warp.meetings[i];
       std::fprintf(stderr, ", %08x of %08x at %s", m.arrived, m.mask, m.name);
@@ -202,6 +272,53 @@ unsigned next_lane(unsigned ready, unsigned lane) {
     std::fprintf(stderr, "\n");
   }
   stop("every thread waits");
+}
+
+// Ends a phase of an mbarrier, for which nothing is missing but that its copies are made.
+void complete(int index) {
+  Barrier &b = block.mbarriers[index];
+  if (b.num_passing != 0)
+    stop("barrier %d: a phase ends, but %u threads wait for the one before", index, b.num_passing);
+#if defined(TQKV_EMULATION_RACES)
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
+  for (const Copy &copy : b.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+#if defined(TQKV_EMULATION_RACES)
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+#endif
+  b.copies.clear();
+  b.pending = b.count;
+  b.expected = b.issued = 0;
+  ++b.phase;
+  for (unsigned t = 0; t < block.threads; ++t) {
+    if (block.thread[t].waits_for != index) continue;
+    warp_of(t).ready |= 1u << t % kLanes;
+    ++b.num_passing;
+  }
+}
+
+// Makes the copies that somebody waits for; of one mbarrier, so that nobody finds what it has not waited for.
+bool complete_any() {
+  for (int i = 0; i < block.num_mbarriers; ++i) {
+    const Barrier &b = block.mbarriers[i];
+    if (b.pending != 0 || b.issued != b.expected) continue;
+    for (unsigned t = 0; t < block.threads; ++t) {
+      if (block.thread[t].waits_for != i) continue;
+      complete(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+// A block ends.
+void check_copies() {
+  for (int i = 0; i < block.num_mbarriers; ++i) {
+    const Barrier &b = block.mbarriers[i];
+    if (!b.copies.empty()) stop("returns, but nobody has waited for %u bytes copied to barrier %d", b.issued, i);
+  }
 }
 
 // Gives way to a thread that can run, of the same warp if there is one.
@@ -215,10 +332,14 @@ void give_way() {
       thread = candidate * kLanes + next_lane(ready, i == 0 ? here % kLanes : block.descending ? 0 : kLanes - 1);
   }
   Thread &from = block.thread[here];
+  if (thread == here) return;
   if (thread != kMaxThreads) {
     switch_to(from, thread);
   } else if (block.num_returned == block.threads) {
+    check_copies();
     switch_contexts(from, block.host);
+  } else if (complete_any()) {
+    return give_way();
   } else {
     report_deadlock();
   }
@@ -281,12 +402,13 @@ void create(Thread &thread) {
 void begin_block(const uint3 &index, size_t shared_bytes) {
   position.block = index;
   block.num_ready_to_pass = block.num_returned = 0;
+  block.num_mbarriers = 0;
   for (unsigned w = 0; w < block.num_warps; ++w) {
     Warp &warp = block.warps[w];
     const unsigned lanes = block.threads - w * kLanes;
     warp.exist = lanes >= kLanes ? ~0u : (1u << lanes) - 1;
     warp.ready = warp.exist;
-    warp.returned = warp.at_barrier = 0;
+    warp.returned = warp.at_barrier = warp.at_group_barrier = 0;
     warp.num_meetings = 0;
   }
   std::memset(shared_bytes_of_block, 0xff, shared_bytes);
@@ -294,6 +416,7 @@ void begin_block(const uint3 &index, size_t shared_bytes) {
   for (unsigned t = 0; t < block.threads; ++t) {
     Thread &thread = block.thread[t];
     if (thread.stack == nullptr) create(thread);
+    thread.waits_for = -1;
     thread.index = {t % size.x, t / size.x % size.y, t / size.x / size.y};
   }
 }
@@ -341,6 +464,159 @@ void block_barrier() {
   happens_after(order);
 }
 
+void group_barrier(int id, int threads) {
+  if (id < 1 || id > 15 || threads < 1 || threads % int(kLanes) != 0 || unsigned(threads) > block.threads) {
+    stop("group_barrier(%d, %d)", id, threads);
+  }
+  const unsigned bit = 1u << lane();
+  Warp &warp = warp_of(block.running);
+  check_not_expected(warp, bit, "comes to group_barrier");
+  GroupBarrier &g = block.group_barriers[id];
+  if (g.arrived == 0) g.threads = unsigned(threads);
+  if (g.threads != unsigned(threads)) stop("group_barrier(%d, %d), but others say %u", id, threads, g.threads);
+  warp.ready &= ~bit;
+  warp.at_group_barrier |= bit;
+  g.lanes[block.running / kLanes] |= bit;
+  char &order = g.order[g.count % 2];
+  happens_before(order);
+  if (++g.arrived < g.threads) {
+    give_way();
+  } else {
+    for (unsigned w = 0; w < block.num_warps; ++w) {
+      const unsigned lanes = std::exchange(g.lanes[w], 0);
+      if (lanes != 0 && lanes != ~0u) stop("group_barrier(%d, %d) of lanes %08x of warp %u", id, threads, lanes, w);
+      block.warps[w].ready |= lanes;
+      block.warps[w].at_group_barrier &= ~lanes;
+    }
+    g.arrived = 0;
+    ++g.count;
+  }
+  happens_after(order);
+}
+
+void yield() {
+  const unsigned here = block.running;
+  for (unsigned i = 1; i < block.threads; ++i) {
+    const unsigned thread = (here + i) % block.threads;
+    if ((warp_of(thread).ready >> thread % kLanes & 1) == 0) continue;
+    switch_to(block.thread[here], thread);
+    return switched();
+  }
+}
+
+namespace {
+
+void check_shared(const char *name, const void *pointer, size_t bytes) {
+  const auto inside = [at = reinterpret_cast<uintptr_t>(pointer), bytes](const void *first, const void *end) {
+    return at >= reinterpret_cast<uintptr_t>(first) && at + bytes <= reinterpret_cast<uintptr_t>(end);
+  };
+  const bool given = inside(shared_bytes_of_block, shared_bytes_of_block + block.shared_bytes),
+             other = inside(shared_bytes_of_block, shared_bytes_of_block + kMaxSharedBytes);
+  if (!given && (other || !inside(__data_start, _end))) {
+    stop("%s: %zu bytes at %p are not in shared memory", name, bytes, pointer);
+  }
+}
+
+constexpr uint64_t kBarrierMark = 0x6d62617272696572;
+
+Barrier *find_barrier(const uint64_t *word) {
+  reads(word, sizeof *word);
+  const uint64_t index = *word ^ kBarrierMark;
+  if (index >= uint64_t(block.num_mbarriers) || block.mbarriers[index].word != word) return nullptr;
+  return &block.mbarriers[index];
+}
+
+int index_of(const Barrier &b) {
+  return int(&b - block.mbarriers);
+}
+
+Barrier &barrier_at(const char *name, const uint64_t *word) {
+  check_shared(name, word, sizeof *word);
+  Barrier *b = find_barrier(word);
+  if (b == nullptr) stop("%s: %p is no barrier", name, static_cast<const void *>(word));
+  return *b;
+}
+
+void add_bytes(const char *name, const Barrier &b, uint32_t &sum, uint32_t bytes) {
+  if (bytes > kMaxCount - sum) stop("%s: barrier %d counts %u + %u bytes", name, index_of(b), sum, bytes);
+  sum += bytes;
+}
+
+// Copies that were not expected never become any, once nobody is to arrive.
+void check_issued(const char *name, const Barrier &b) {
+  if (b.pending == 0 && b.issued > b.expected) {
+    stop("%s: barrier %d counts %u bytes where %u are expected", name, index_of(b), b.issued, b.expected);
+  }
+}
+
+}  // namespace
+
+void barrier_init(uint64_t *word, uint32_t count) {
+  check_shared("barrier_init", word, sizeof *word);
+  if (reinterpret_cast<uintptr_t>(word) % sizeof *word != 0) stop("barrier_init: %p", static_cast<void *>(word));
+  if (count == 0 || count > kMaxCount) stop("barrier_init: a count of %u", count);
+  writes(word, sizeof *word);
+  if (const Barrier *b = find_barrier(word)) stop("barrier_init: barrier %d again", index_of(*b));
+  if (block.num_mbarriers == kMaxBarriers) stop("barrier_init: more than %d barriers", kMaxBarriers);
+  Barrier &b = block.mbarriers[block.num_mbarriers];
+  b.word = word;
+  b.initialiser = block.running;
+  b.fenced = false;
+  b.count = b.pending = count;
+  b.expected = b.issued = 0;
+  b.phase = b.num_passing = 0;
+  b.copies.clear();
+  *word = kBarrierMark ^ uint64_t(block.num_mbarriers++);
+}
+
+void barrier_init_fence() {
+  for (int i = 0; i < block.num_mbarriers; ++i) {
+    if (block.mbarriers[i].initialiser == block.running) block.mbarriers[i].fenced = true;
+  }
+}
+
+void barrier_arrive(uint64_t *word, uint32_t expected_bytes) {
+  Barrier &b = barrier_at("barrier_arrive", word);
+  if (b.pending == 0) {
+    stop("barrier_arrive: barrier %d, for which all %u threads have arrived", index_of(b), b.count);
+  }
+  add_bytes("barrier_arrive", b, b.expected, expected_bytes);
+  happens_before(b.order[b.phase % 2]);
+  --b.pending;
+  check_issued("barrier_arrive", b);
+  if (b.pending == 0 && b.expected == 0) complete(index_of(b));
+}
+
+void barrier_wait(uint64_t *word, uint32_t parity) {
+  Barrier &b = barrier_at("barrier_wait", word);
+  if (parity > 1) stop("barrier_wait: a parity of %u", parity);
+  if (b.phase % 2 == parity) {
+    Thread &thread = block.thread[block.running];
+    warp_of(block.running).ready &= ~(1u << lane());
+    thread.waits_for = index_of(b);
+    give_way();
+    thread.waits_for = -1;
+    --b.num_passing;
+  }
+  happens_after(b.order[parity]);
+}
+
+void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *word) {
+  Barrier &b = barrier_at("bulk_copy", word);
+  if (!b.fenced) stop("bulk_copy: barrier %d without barrier_init_fence", index_of(b));
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) | bytes) % 16 != 0 || bytes == 0) {
+    stop("bulk_copy: %u bytes from %p to %p are not aligned", bytes, global, shared);
+  }
+  check_shared("bulk_copy", shared, bytes);
+  reads(global, bytes);
+  writes(shared, bytes);
+  add_bytes("bulk_copy", b, b.issued, bytes);
+  check_issued("bulk_copy", b);
+  std::memset(shared, 0xff, bytes);
+  b.copies.push_back({shared, global, bytes});
+  happens_before(b.order[b.phase % 2]);
+}
+
 void rendezvous(const char *name, unsigned mask, void *exchange, size_t bytes, Finish finish, bool orders_memory) {
   const unsigned bit = 1u << lane();
   Warp &warp = warp_of(block.running);
@@ -349,6 +625,9 @@ void rendezvous(const char *name, unsigned mask, void *exchange, size_t bytes, F
   if (const unsigned gone = mask & warp.returned) stop("%s(%08x): lanes %08x have returned", name, mask, gone);
   if (const unsigned away = mask & warp.at_barrier) {
     stop("%s(%08x): lanes %08x wait at __syncthreads", name, mask, away);
+  }
+  if (const unsigned away = mask & warp.at_group_barrier) {
+    stop("%s(%08x): lanes %08x wait at group_barrier", name, mask, away);
   }
   Meeting *meeting = nullptr;
   for (int i = 0; i < warp.num_meetings; ++i) {
@@ -396,6 +675,7 @@ void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()> 
   const std::lock_guard lock(block.busy);
   block.kernel = &kernel;
   block.threads = size.x * size.y * size.z;
+  block.shared_bytes = shared_bytes;
   block.num_warps = (block.threads + kLanes - 1) / kLanes;
   block.descending = !block.descending;  // what relies on the order of lanes fails in one of two launches
   position.grid_size = grid;

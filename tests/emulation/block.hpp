@@ -46,6 +46,20 @@ void *dynamic_shared();
 // __syncthreads: of all threads of the block, none of which may have returned.
 void block_barrier();
 
+// bar.sync: of `threads` threads, which are whole warps.
+void group_barrier(int id, int threads);
+
+// mbarriers and the copies that they count. A copy is made as late as can be: when somebody waits for it and nothing else
+// can run. Until then there is garbage where it goes.
+void barrier_init(uint64_t *barrier, uint32_t count);
+void barrier_init_fence();
+void barrier_arrive(uint64_t *barrier, uint32_t expected_bytes);
+void barrier_wait(uint64_t *barrier, uint32_t parity);
+void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *barrier);
+
+// Lets every other thread run that can.
+void yield();
+
 // What the lanes of a collective brought, by lane; null for those that `mask` does not name.
 using Finish = void (*)(void *const *exchanges, unsigned mask);
 

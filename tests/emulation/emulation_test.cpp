@@ -37,7 +37,7 @@ std::string message_of(void (*kernel)(P...), unsigned threads, A... args) {
   if (child == 0) {
     std::signal(SIGABRT, SIG_DFL);  // not the test framework's
     dup2(pipe_ends[1], STDERR_FILENO);
-    launch(kernel, 1, threads, 0, nullptr, args...);
+    launch(kernel, 1, threads, 4096, nullptr, args...);
     _exit(0);
   }
   close(pipe_ends[1]);
@@ -87,7 +87,8 @@ __global__ void reverse(uint32_t *words) {
 struct Shuffles {
   int indexed, segment, exchanged, up, down;
   unsigned ballot;
-  int any, all;
+  int any, all, sum, most;
+  unsigned bits;
 };
 
 __global__ void shuffle(Shuffles *out, unsigned mask, int width) {
@@ -101,7 +102,10 @@ __global__ void shuffle(Shuffles *out, unsigned mask, int width) {
                __shfl_down_sync(mask, value, width == 32 ? 0 : 1, width),
                __ballot_sync(mask, lane % 3 == 0),
                __any_sync(mask, lane == 5),
-               __all_sync(mask, lane != 5)};
+               __all_sync(mask, lane != 5),
+               __reduce_add_sync(mask, -value),
+               __reduce_max_sync(mask, -value),
+               __reduce_or_sync(mask, 1u << lane)};
 }
 
 // Each half of a warp meets on its own, as often as it likes.
@@ -211,8 +215,9 @@ TEST_CASE("shuffles and votes of whole and partial warps") {
       REQUIRE(launch(shuffle, 1, 32, 0, nullptr, got.data(), mask, width) == cudaSuccess);
       unsigned ballot = 0;
       for (int lane = 0; lane < 32; ++lane) ballot |= unsigned(lane % 3 == 0) << lane;
-      int last = 31;
+      int last = 31, sum = 0;
       while ((mask >> last & 1) == 0) --last;
+      for (int lane = 0; lane < 32; ++lane) sum -= (mask >> lane & 1) != 0 ? 100 + lane : 0;
       for (int lane = 0; lane < 32; ++lane) {
         if ((mask >> lane & 1) == 0) continue;
         const Shuffles &s = got[size_t(lane)];
@@ -225,6 +230,9 @@ TEST_CASE("shuffles and votes of whole and partial warps") {
         CHECK(s.ballot == (ballot & mask));
         CHECK((s.any != 0) == ((mask >> 5 & 1) != 0));
         CHECK((s.all != 0) == ((mask >> 5 & 1) == 0));
+        CHECK(s.sum == sum);
+        CHECK(s.most == -100 - std::countr_zero(mask));
+        CHECK(s.bits == mask);
       }
     }
   }
@@ -251,6 +259,180 @@ TEST_CASE("what CUDA leaves undefined stops the program and says why") {
   mentions(message_of(warp_skips_barrier, 64), "__syncthreads");
   mentions(message_of(part_of_a_warp, 20), "there are no lanes fff00000");
   CHECK(message_of(part_of_a_warp, 64).empty());
+}
+
+// ---- barriers of groups of warps, rings of copies
+
+namespace {
+
+// Each half of the block reverses its words, as often as it likes.
+__global__ void reverse_halves(uint32_t *words) {
+  __shared__ uint32_t table[128];
+  const unsigned half = threadIdx.x / 64, first = half * 64, i = threadIdx.x % 64;
+  for (unsigned times = 0; times < 3 + 2 * half; ++times) {
+    table[first + i] = words[first + i];
+    group_barrier(1 + int(half), 64);
+    words[first + i] = table[first + 63 - i];
+    group_barrier(1 + int(half), 64);
+  }
+}
+
+__global__ void part_of_a_group() {
+  if (threadIdx.x % 2 == 0) group_barrier(3, 32);
+}
+__global__ void group_differs() {
+  group_barrier(3, threadIdx.x < 16 ? 64 : 32);
+}
+__global__ void group_missing() {
+  if (threadIdx.x < 32) group_barrier(3, 64);
+}
+
+enum Defect { kNone, kNoFence, kNoInit, kFewBytes, kManyBytes, kNoWaitForEmpty, kNoWaitForFull };
+
+// Warp 0 copies parts of 96 words through a ring; the other three take a word a thread.
+__global__ void pass_through_ring(const uint32_t *in, uint32_t *out, unsigned parts, Defect defect) {
+  constexpr unsigned kStages = 3, kWords = 96;
+  __shared__ uint64_t full[kStages], empty[kStages];
+  auto *ring = static_cast<uint32_t *>(dynamic_shared());
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (unsigned i = 0; i < kStages && defect != kNoInit; ++i) {
+      barrier_init(&full[i], 1);
+      barrier_init(&empty[i], 3);
+    }
+    if (defect != kNoFence) barrier_init_fence();
+  }
+  __syncthreads();
+  grid_dependency_wait();
+  if (warp == 0) {
+    for (unsigned i = 0; i < parts && lane == 0; ++i) {
+      const unsigned stage = i % kStages, parity = i / kStages % 2;
+      if (defect != kNoWaitForEmpty) barrier_wait(&empty[stage], parity ^ 1);
+      barrier_arrive_expect(&full[stage], defect == kFewBytes ? 16 : defect == kManyBytes ? 400 : kWords * 4);
+      bulk_copy(ring + stage * kWords, in + i * kWords, 16, &full[stage]);
+      bulk_copy(ring + stage * kWords + 4, in + i * kWords + 4, kWords * 4 - 16, &full[stage]);
+    }
+  } else {
+    for (unsigned i = 0; i < parts; ++i) {
+      const unsigned stage = i % kStages, parity = i / kStages % 2, at = threadIdx.x - 32;
+      if (defect != kNoWaitForFull) barrier_wait(&full[stage], parity);
+      out[i * kWords + at] = ring[stage * kWords + at];
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&empty[stage]);
+    }
+  }
+  grid_dependency_launch();
+}
+
+// Two words of what is in shared memory before the copy has ended, and after.
+__global__ void copy(const uint32_t *in, uint32_t *out, unsigned shift, unsigned bytes, uint32_t *destination) {
+  __shared__ uint64_t barrier;
+  alignas(16) __shared__ uint32_t words[20];
+  barrier_init(&barrier, 1);
+  barrier_init_fence();
+  barrier_arrive_expect(&barrier, bytes);
+  bulk_copy(destination != nullptr ? destination : words + shift, in, bytes, &barrier);
+  out[0] = words[shift];
+  barrier_wait(&barrier, 0);
+  out[1] = words[shift];
+}
+
+__global__ void arrive(unsigned count, unsigned first, unsigned second, uint32_t bytes) {
+  __shared__ uint64_t barrier;
+  if (threadIdx.x == 0) barrier_init(&barrier, count);
+  __syncthreads();
+  for (unsigned i = 0; i < (threadIdx.x == 0 ? first : second); ++i) barrier_arrive_expect(&barrier, bytes);
+  if (threadIdx.x == 0) barrier_wait(&barrier, 0);
+}
+
+__global__ void wait_lapped() {
+  __shared__ uint64_t barrier;
+  if (threadIdx.x == 0) barrier_init(&barrier, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    barrier_wait(&barrier, 0);
+  } else {
+    barrier_arrive(&barrier);
+    barrier_arrive(&barrier);
+  }
+}
+
+__global__ void turns(uint32_t *order) {
+  __shared__ uint32_t next;
+  if (threadIdx.x == 0) next = 0;
+  __syncthreads();
+  while (atomicAdd(&next, 0) != threadIdx.x) __nanosleep(20);
+  order[threadIdx.x] = atomicAdd(&next, 1);
+}
+
+}  // namespace
+
+TEST_CASE("groups of warps meet at barriers of their own") {
+  std::vector<uint32_t> words(128);
+  for (unsigned i = 0; i < 128; ++i) words[i] = i;
+  REQUIRE(launch(reverse_halves, 1, 128, 0, nullptr, words.data()) == cudaSuccess);
+  for (unsigned i = 0; i < 128; ++i) CHECK(words[i] == (i ^ 63));
+  mentions(message_of(part_of_a_group, 64), "group_barrier(3, 32) of lanes 55555555");
+  mentions(message_of(group_differs, 64), "but others say");
+  mentions(message_of(group_missing, 64), "at group_barrier(3, 64), which 32 threads came to");
+}
+
+TEST_CASE("a ring of copies in bulk") {
+  constexpr unsigned kParts = 20;
+  struct alignas(16) Part {
+    uint32_t word[96];
+  };
+  std::vector<Part> in(kParts), out(kParts);
+  uint32_t next = 0;
+  for (Part &part : in) {
+    for (uint32_t &word : part.word) word = ++next;
+  }
+  const auto pass = [&](Defect defect) {
+    return launch_dependent(pass_through_ring, 2, 128, sizeof(Part) * 3, nullptr, in[0].word, out[0].word, kParts,
+                            defect);
+  };
+  for (int times = 0; times < 2; ++times) {
+    out.assign(kParts, Part{});
+    REQUIRE(pass(kNone) == cudaSuccess);
+    CHECK(std::memcmp(in.data(), out.data(), kParts * sizeof(Part)) == 0);
+  }
+  const auto message = [&](Defect defect, unsigned parts) {
+    return message_of(pass_through_ring, 128, in[0].word, out[0].word, parts, defect);
+  };
+  mentions(message(kNoFence, kParts), "without barrier_init_fence");
+  mentions(message(kNoInit, kParts), "is no barrier");
+  mentions(message(kFewBytes, kParts), "counts 384 bytes where 16 are expected");
+  mentions(message(kManyBytes, kParts), "1 of 1 arrivals, 384 of 400 bytes");
+  mentions(message(kNoWaitForEmpty, kParts), "for which all 1 threads have arrived");
+  mentions(message(kNoWaitForFull, 1), "nobody has waited for 384 bytes");
+}
+
+TEST_CASE("a copy in bulk is there when it was waited for, and takes aligned bytes to shared memory") {
+  alignas(16) static uint32_t in[] = {1, 2, 3, 4, 5, 6, 7, 8};
+  std::vector<uint32_t> out(2);
+  uint32_t *const none = nullptr;
+  REQUIRE(launch(copy, 1, 1, 0, nullptr, in, out.data(), 4, 32, none) == cudaSuccess);
+  CHECK(out == std::vector<uint32_t>{0xffffffff, 1});
+  mentions(message_of(copy, 1, in, out.data(), 1u, 16u, none), "not aligned");
+  mentions(message_of(copy, 1, in + 1, out.data(), 4u, 16u, none), "not aligned");
+  mentions(message_of(copy, 1, in, out.data(), 4u, 8u, none), "not aligned");
+  alignas(16) uint32_t not_shared[4];
+  mentions(message_of(copy, 1, in, out.data(), 4u, 16u, +not_shared), "not in shared memory");
+}
+
+TEST_CASE("barriers that count wrongly stop the program") {
+  CHECK(message_of(arrive, 2, 3u, 1u, 2u, 0u).empty());
+  mentions(message_of(arrive, 2, 0u, 1u, 1u, 0u), "a count of 0");
+  mentions(message_of(arrive, 2, 2u, 1u, 2u, 16u), "for which all 2 threads have arrived");
+  mentions(message_of(arrive, 2, 4u, 2u, 2u, 600000u), "counts 600000 + 600000 bytes");
+  mentions(message_of(arrive, 2, 3u, 1u, 1u, 0u), "2 of 3 arrivals");
+  mentions(message_of(wait_lapped, 2), "barrier 0");
+}
+
+TEST_CASE("a thread that sleeps lets others run") {
+  std::vector<uint32_t> order(70);
+  REQUIRE(launch(turns, 1, 70, 0, nullptr, order.data()) == cudaSuccess);
+  for (unsigned i = 0; i < 70; ++i) CHECK(order[i] == i);
 }
 
 namespace {
@@ -293,8 +475,25 @@ TEST_CASE("products and sums rounded towards zero are what the processor makes o
 
 TEST_CASE("products of bytes are added") {
   CHECK(__dp4a(0xff020304u, 0xff050607u, 1u) == 1 + 255 * 255 + 10 + 18 + 28);
+  CHECK(__dp4a(int(0xff0280f4u), int(0x7f0580f4u), -3) == -3 - 127 + 10 + 16384 + 144);
   CHECK(__dp2a_lo(0xffff0002u, 0x0a0bff03u, 1u) == 1 + 65535 * 255 + 6);
   CHECK(__dp2a_hi(0xffff0002u, 0x0a0bff03u, 1u) == 1 + 65535 * 10 + 22);
+}
+
+TEST_CASE("integers and floats are converted, halves unpacked, words shifted together") {
+  CHECK((__float2int_rn(2.5f) == 2 && __float2int_rn(-3.5f) == -4 && __float2int_rn(1e20f) == INT32_MAX));
+  CHECK((__float2int_rn(-INFINITY) == INT32_MIN && __float2int_rn(NAN) == 0));
+  CHECK(__int2float_rn(0x1000001) == 0x1p24f);
+  CHECK(__funnelshift_r(0x89abcdef, 0x01234567, 8) == 0x6789abcd);
+  CHECK(__funnelshift_l(0x89abcdef, 0x01234567, 40) == 0x23456789);
+  float low = 0, high = 0;
+  f32_pair_from_f16(0xc0003e00, low, high);
+  CHECK((low == 1.5f && high == -2));
+  const float2 pair = __half22float2(__halves2half2(__ushort_as_half(0x3e00), __ushort_as_half(0xc000)));
+  CHECK((pair.x == low && pair.y == high));
+  CHECK((exp2_approx(3) == 8 && exp2_approx(-127) == 0 && exp2_approx(-INFINITY) == 0));
+  CHECK((reciprocal_approx(4) == 0.25f && reciprocal_approx(0x1p127f) == 0 &&
+         reciprocal_approx(-0x1p-127f) == -INFINITY));
 }
 
 TEST_CASE("bytes are permuted, and their signs repeated") {

@@ -19,3 +19,15 @@ inline float __half2float(__half h) {
                                           : ldexpf(float(1024 + fraction), exponent - 25);
   return h.bits & 0x8000 ? -magnitude : magnitude;
 }
+
+struct alignas(4) __half2 {
+  __half x, y;
+};
+
+inline __half2 __halves2half2(__half x, __half y) {
+  return {x, y};
+}
+
+inline float2 __half22float2(__half2 pair) {
+  return {__half2float(pair.x), __half2float(pair.y)};
+}

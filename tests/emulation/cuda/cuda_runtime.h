@@ -94,6 +94,20 @@ inline int __popc(unsigned x) {
 inline int __ffs(int x) {
   return x == 0 ? 0 : std::countr_zero(unsigned(x)) + 1;
 }
+// The lower and the upper word of what `high` and `low` are when shifted together.
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return uint32_t((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return uint32_t((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
+inline float __int2float_rn(int x) {
+  return float(x);
+}
+// What is no int becomes the nearest one, a NaN 0.
+inline int __float2int_rn(float x) {
+  return isnan(x) ? 0 : x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : int(nearbyintf(x));
+}
 inline float __fmaf_rn(float a, float b, float c) {
   return fmaf(a, b, c);
 }
@@ -106,6 +120,10 @@ inline float __fmaf_rz(float a, float b, float c) {
 }
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
+  return c;
+}
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c = int(unsigned(c) + unsigned(int8_t(a >> i) * int8_t(b >> i)));
   return c;
 }
 inline uint32_t __dp2a_lo(uint32_t a, uint32_t b, uint32_t c) {
@@ -150,6 +168,18 @@ T atomicMax(T *at, std::type_identity_t<T> value) {
   while (old < value && !now.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
   }
   return old;
+}
+
+// Blocks run one after the other, and what a block's threads tell each other by barriers is ordered by these.
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+inline void __nanosleep(unsigned) {
+  ::emulation::yield();
+}
+
+[[noreturn]] inline void __trap() {
+  ::emulation::stop("__trap");
 }
 
 // ---- collectives
@@ -239,6 +269,44 @@ inline int __all_sync(unsigned mask, bool predicate) {
   return ::emulation::vote<false>("__all_sync", mask, predicate) == 0;
 }
 
+namespace emulation {
+
+template <class T, class Combine>
+T reduce(const char *name, unsigned mask, T value, Combine) {
+  static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
+  collective(name, mask, value, [](const Exchanges<T> &all) {
+    unsigned first = 0;
+    while (!all.has(first)) ++first;
+    T result = all[first];
+    all.for_each([&](unsigned lane, T &brought) {
+      if (lane != first) result = T(Combine{}(result, brought));
+    });
+    all.for_each([&](unsigned, T &to) { to = result; });
+  });
+  return value;
+}
+
+}  // namespace emulation
+
+template <class T>
+T __reduce_add_sync(unsigned mask, T value) {
+  return ::emulation::reduce("__reduce_add_sync", mask, value, [](T a, T b) { return unsigned(a) + unsigned(b); });
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T value) {
+  return ::emulation::reduce("__reduce_max_sync", mask, value, [](T a, T b) { return std::max(a, b); });
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T value) {
+  return ::emulation::reduce("__reduce_min_sync", mask, value, [](T a, T b) { return std::min(a, b); });
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+  return ::emulation::reduce("__reduce_or_sync", mask, value, [](unsigned a, unsigned b) { return a | b; });
+}
+inline unsigned __reduce_and_sync(unsigned mask, unsigned value) {
+  return ::emulation::reduce("__reduce_and_sync", mask, value, [](unsigned a, unsigned b) { return a & b; });
+}
+
 // ---- the runtime
 
 enum cudaError_t : int {
@@ -260,10 +328,19 @@ using cudaStream_t = struct CUstream_st *;
 struct cudaFuncAttributes {
   int maxThreadsPerBlock;
 };
+enum cudaLaunchAttributeID : int { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute *attrs;  // not looked at
+  unsigned numAttrs;
 };
 
 const char *cudaGetErrorString(cudaError_t error);

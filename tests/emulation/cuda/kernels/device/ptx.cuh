@@ -3,7 +3,7 @@
 // and matrix products, which the kernels to come are written with.
 #pragma once
 
-#include <cuda_runtime.h>
+#include <cuda_fp16.h>
 
 #include <type_traits>
 
@@ -67,6 +67,26 @@ inline uint32_t pack_f16(float low, float high) {
 }
 inline uint32_t pack_bf16(float low, float high) {
   return round_to_16_bits<8, -126>(high) << 16 | round_to_16_bits<8, -126>(low);
+}
+
+inline void f32_pair_from_f16(uint32_t packed, float &low, float &high) {
+  low = __half2float(__ushort_as_half(uint16_t(packed)));
+  high = __half2float(__ushort_as_half(uint16_t(packed >> 16)));
+}
+
+// ex2.approx.ftz.f32, rcp.approx.ftz.f32: as exact as the host's, which a device is not.
+inline float flush_subnormal(float x) {
+  return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x;
+}
+inline float exp2_approx(float x) {
+  return flush_subnormal(exp2f(x));
+}
+inline float log2_approx(float x) {
+  return log2f(x);
+}
+
+inline float reciprocal_approx(float x) {
+  return flush_subnormal(1.0f / flush_subnormal(x));
 }
 
 // mma.sync.aligned.m16n8k32.row.col.s32.{u8,s8}.{u8,s8}.s32: d = A B + c, A [16, 32] of bytes A, B [32, 8] of bytes B,
@@ -143,5 +163,34 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     });
   });
 }
+
+// bar.sync, mbarrier, cp.async.bulk: block.hpp
+inline void group_barrier(int id, int threads) {
+  ::emulation::group_barrier(id, threads);
+}
+inline void barrier_init(uint64_t *barrier, uint32_t count) {
+  ::emulation::barrier_init(barrier, count);
+}
+inline void barrier_init_fence() {
+  ::emulation::barrier_init_fence();
+}
+inline void barrier_arrive(uint64_t *barrier) {
+  ::emulation::barrier_arrive(barrier, 0);
+}
+inline void barrier_arrive_expect(uint64_t *barrier, uint32_t bytes) {
+  ::emulation::barrier_arrive(barrier, bytes);
+}
+inline void barrier_wait(uint64_t *barrier, uint32_t parity) {
+  ::emulation::barrier_wait(barrier, parity);
+}
+inline void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *barrier) {
+  ::emulation::bulk_copy(shared, global, bytes, barrier);
+}
+
+// griddepcontrol: one kernel runs after the other.
+inline void bulk_copy_fence() {}
+
+inline void grid_dependency_wait() {}
+inline void grid_dependency_launch() {}
 
 }  // namespace tqkv::cuda

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Draws the results of `tqkv-bench attention --json RESULTS.json`, and prints README's table of them.
+
+    bench/plot_attention.py bench/results/attention-h200.json bench/results/attention-h200.svg
+    bench/plot_attention.py bench/results/attention-h200.json --table
+"""
+import argparse
+import json
+import sys
+
+from plot_codec import bars, load_pyplot, save
+
+CODES = ("K4V4", "K4V3", "K3V3", "K4V2", "K2V2")
+
+
+class Results:
+    """Rows by (shape, codes, feature)."""
+
+    def __init__(self, path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                document = json.load(file)
+            self.device = document["device"]
+            self.date = document.get("date", "")[:10]
+            self.rows = {(row["shape"], row["codes"], row["feature"]): row for row in document["results"]}
+            for row in self.rows.values():
+                row["share"], row["microseconds"]  # noqa: B018: both are needed
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(f"{path} holds no results of tqkv-bench attention: {error!r}")
+        self.shapes = list(dict.fromkeys(shape for shape, _, _ in self.rows))
+        self.features = list(dict.fromkeys(feature for _, _, feature in self.rows if feature))
+
+    def row(self, *key):
+        return self.rows.get(key)
+
+    def share(self, *key):
+        row = self.row(*key)
+        return None if row is None else 100 * row["share"]
+
+
+def plot(results, path):
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8.6, 3.3))
+    groups = [[(shape, codes, "") for codes in CODES] for shape in results.shapes]
+    bars(axes, results, groups, [shape.replace(", ", "\n") for shape in results.shapes], CODES)
+    axes.get_legend().set_bbox_to_anchor((0.5, -0.17))
+    axes.set_ylabel("% of the best read")
+    axes.set_xlabel("sequences x length, query heads / kv heads", fontsize=8)
+    axes.xaxis.set_label_position("top")
+    held = any("figure" in row for row in results.rows.values())
+    title = f"{results.device}: attention's share of the best read of its bytes" + (" (red: to be reached)" if held else "")
+    figure.suptitle(", ".join(filter(None, (title, results.date))), fontsize=10)
+    save(figure, path)
+
+
+def cell(row):
+    if row is None:
+        return ""
+    speed = f", {row['speed']:.1f}x" if row.get("speed") else ""
+    return f"{row['microseconds']:.{0 if row['microseconds'] >= 100 else 1}f} µs, {100 * row['share']:.0f}%{speed}"
+
+
+def ratio(row):
+    """What a feature costs."""
+    return f", {row['relative']:.2f} of plain" if row and row.get("relative") else ""
+
+
+def print_table(results):
+    print("| | " + " | ".join(CODES) + " |\n|---" + "|---" * len(CODES) + "|")
+    for shape in results.shapes:
+        print(f"| {shape} | " + " | ".join(cell(results.row(shape, codes, "")) for codes in CODES) + " |")
+    for feature in results.features:
+        rows = {codes: row for (_, codes, name), row in results.rows.items() if name == feature}
+        print(f"| {next(iter(rows.values()))['shape']}, {feature} | " +
+              " | ".join(cell(rows.get(codes)) + ratio(rows.get(codes)) for codes in CODES) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", help="JSON of tqkv-bench attention")
+    parser.add_argument("picture", nargs="?", help="file to draw, .svg or .png")
+    parser.add_argument("--table", action="store_true", help="print README's table")
+    arguments = parser.parse_args()
+    if arguments.picture is None and not arguments.table:
+        parser.error("neither a picture nor --table is asked for")
+    results = Results(arguments.results)
+    if arguments.table:
+        print_table(results)
+    if arguments.picture is not None:
+        plot(results, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

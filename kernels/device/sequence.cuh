@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an attention call says of a sequence, a segment and a key; src/attention/cpu.cpp gives the same answers.
+#pragma once
+
+#include "codec/record.hpp"
+#include "kernels/attention.hpp"
+#include "kernels/device/vector.cuh"
+
+namespace tqkv::cuda {
+
+struct Sequence {
+  int32_t state = kBadRows;
+  int32_t begin = 0, q_len = 0;  // rows of q; none with kBadRows
+  // Of good sequences only.
+  int32_t length = 0, start = 0;
+  int32_t coded_length = 0;    // keys before this are in pages, the others in k_new
+  int32_t first_position = 0;  // of the first query
+  int64_t table_columns = 0;
+  const int32_t *table = nullptr, *exact_table = nullptr;
+};
+
+// Rows [begin, end) of q as the caller gives them.
+struct SequenceRows {
+  int64_t begin, end;
+};
+
+__device__ inline SequenceRows sequence_rows(const AttentionCall &call, int64_t s) {
+  if (call.cu_seqlens_q == nullptr) return {s, s + 1};
+  return {call.cu_seqlens_q[s], call.cu_seqlens_q[s + 1]};
+}
+
+__device__ inline bool bad_rows(const AttentionCall &call, const SequenceRows &rows, int64_t rows_end) {
+  return rows.begin < rows_end || rows.end < rows.begin || rows.end > call.num_tokens;
+}
+
+// The sequence without the rule about rows.
+__device__ inline Sequence describe_sequence(const AttentionCall &call, int64_t s, const SequenceRows &rows) {
+  Sequence sequence;
+  sequence.state = kBadLength;
+  sequence.begin = int32_t(rows.begin);
+  sequence.q_len = int32_t(rows.end - rows.begin);
+  const int32_t length = call.lengths[s];
+  if (sequence.q_len > call.max_q_len || length < 0) return sequence;
+  sequence.start = call.starts != nullptr ? max(call.starts[s], 0) : 0;
+  if (length == 0) {
+    sequence.state = kGood;
+    return sequence;
+  }
+  const int32_t coded_length = call.k_new.data == nullptr ? length : length - sequence.q_len;
+  if (call.block_table != nullptr) {
+    sequence.table = call.block_table + s * call.table_stride;
+    sequence.table_columns = call.table_columns;
+  } else {
+    const int64_t first = call.block_indptr[s], last = call.block_indptr[s + 1];
+    if (first < 0 || last < first || last > call.num_block_indices) return sequence;
+    sequence.table = call.block_indices + first;
+    sequence.table_columns = last - first;
+  }
+  if (length > call.max_length || coded_length < 0 || coded_length > sequence.table_columns * call.pool.block_size) {
+    return sequence;
+  }
+  if (call.exact.base != nullptr) sequence.exact_table = call.exact_table + s * call.exact_stride;
+  sequence.state = kGood;
+  sequence.length = length;
+  sequence.coded_length = coded_length;
+  if (sequence.q_len > 0) {
+    sequence.first_position = call.q_positions != nullptr ? call.q_positions[sequence.begin] : length - sequence.q_len;
+  }
+  return sequence;
+}
+
+// `rows_end` is the end of the rows of the last sequence before it that has not kBadRows; 0 where it is known to have
+// not.
+__device__ inline Sequence read_sequence(const AttentionCall &call, int64_t s, int64_t rows_end) {
+  const SequenceRows rows = sequence_rows(call, s);
+  return bad_rows(call, rows, rows_end) ? Sequence{} : describe_sequence(call, s, rows);
+}
+
+// A warp reads sequences first .. first + 31, each lane its own; one past the last has kBadRows. Chunks are read in
+// order: `rows_end` begins at 0 and goes from each to the next.
+__device__ inline Sequence read_sequences(const AttentionCall &call, int64_t first, int64_t *rows_end) {
+  const int lane = int(threadIdx.x) % 32;
+  const int64_t s = first + lane;
+  const bool exists = s < call.num_seqs;
+  SequenceRows rows{0, -1};
+  if (exists) rows = sequence_rows(call, s);
+  // A sequence begins where the one before it ends: it is enough that none ends before it begins.
+  const bool fine = !exists || !bad_rows(call, rows, lane == 0 ? *rows_end : rows.begin);
+  bool bad = !exists;
+  const unsigned existing = __ballot_sync(kAll, exists);
+  if (__all_sync(kAll, fine)) {
+    if (existing != 0) *rows_end = __shfl_sync(kAll, rows.end, __popc(existing) - 1);
+  } else {
+    for (int i = 0; i < __popc(existing); ++i) {
+      const SequenceRows other{__shfl_sync(kAll, rows.begin, i), __shfl_sync(kAll, rows.end, i)};
+      const bool other_bad = bad_rows(call, other, *rows_end);
+      if (!other_bad) *rows_end = other.end;
+      if (lane == i) bad = other_bad;
+    }
+  }
+  return bad ? Sequence{} : describe_sequence(call, s, rows);
+}
+
+__device__ inline int32_t token_blocks(const AttentionCall &call, const Sequence &sequence) {
+  return int32_t((int64_t{sequence.q_len} + call.block_tokens - 1) / call.block_tokens);
+}
+
+__device__ inline int32_t position(const AttentionCall &call, const Sequence &sequence, int32_t i) {
+  return call.q_positions != nullptr ? call.q_positions[sequence.begin + i] : sequence.length - sequence.q_len + i;
+}
+
+// Keys [low, high); none where low >= high.
+struct KeyRange {
+  int32_t low, high;
+};
+
+__device__ inline KeyRange visible_keys(const AttentionCall &call, const Sequence &sequence, int32_t position) {
+  int64_t low = sequence.start, high = sequence.length;
+  if (call.causal) high = min(high, int64_t{position} + 1);
+  if (call.window > 0) low = max(low, position - call.window + 1);
+  return {int32_t(low), int32_t(high)};
+}
+
+// The keys that some of tokens [first, end) of the sequence see: all of them and, where positions have gaps, others
+// between.
+// Keys of `limit` and after are left out.
+__device__ inline KeyRange keys_of_tokens(const AttentionCall &call, const Sequence &sequence, int32_t first,
+                                          int32_t end, int32_t limit) {
+  KeyRange seen{INT32_MAX, 0};
+  const auto add = [&](KeyRange keys) {
+    keys.high = min(keys.high, limit);
+    if (keys.low < keys.high) seen = {min(seen.low, keys.low), max(seen.high, keys.high)};
+  };
+  if (first >= end) return {0, 0};
+  if (call.q_positions == nullptr) {
+    // Positions that follow each other: both ends grow with them, and what is between is seen.
+    add({visible_keys(call, sequence, position(call, sequence, first)).low,
+         visible_keys(call, sequence, position(call, sequence, end - 1)).high});
+  } else {
+    for (int32_t i = first; i < end; ++i) add(visible_keys(call, sequence, position(call, sequence, i)));
+  }
+  return seen.low < seen.high ? seen : KeyRange{0, 0};
+}
+
+// Tiles [first, end) of 16 keys.
+struct TileRange {
+  int32_t first, end;
+};
+
+// The tiles that hold keys of pages which a token of the block sees. Some may hold only keys that is_exact().
+__device__ inline TileRange tile_range(const AttentionCall &call, const Sequence &sequence, int32_t token_block) {
+  if (sequence.state != kGood) return {0, 0};
+  const int32_t first = token_block * call.block_tokens;
+  const KeyRange keys = keys_of_tokens(call, sequence, first, min(sequence.q_len - first, call.block_tokens) + first,
+                                       sequence.coded_length);
+  if (keys.low >= keys.high) return {0, 0};
+  return {keys.low / kTileTokens, (keys.high - 1) / kTileTokens + 1};
+}
+
+// The block of the exact pool where key j of the pages is read, or -1: its codes are.
+__device__ inline int32_t exact_block(const AttentionCall &call, const Sequence &sequence, int32_t j) {
+  if (sequence.exact_table == nullptr) return -1;
+  if (j - sequence.start >= call.exact_first && j <= sequence.first_position - call.exact_recent) return -1;
+  const int32_t column = j / call.exact.block_size;
+  return column < call.exact_columns ? max(sequence.exact_table[column], -1) : -1;
+}
+
+__device__ inline bool is_exact(const AttentionCall &call, const Sequence &sequence, int32_t j) {
+  return exact_block(call, sequence, j) >= 0;
+}
+
+// Whether it is known without the table that no key of [low, high) is exact.
+__device__ inline bool none_exact(const AttentionCall &call, const Sequence &sequence, int32_t low, int32_t high) {
+  return sequence.exact_table == nullptr ||
+         (low - sequence.start >= call.exact_first && high - 1 <= sequence.first_position - call.exact_recent);
+}
+
+// The segments of all splits of what is else the same.
+struct SegmentGroup {
+  int32_t sequence, token_block, head_part, head_pack;
+};
+
+// `first` is a segment of split 0, before sequence_segments[num_seqs]; by a warp.
+__device__ inline SegmentGroup find_segment_group(const AttentionCall &call, int64_t first) {
+  const int lane = int(threadIdx.x) % 32;
+  // The last sequence whose segments do not begin after this one is one of [low, low + count).
+  int64_t low = 0, count = call.num_seqs;
+  while (count > 1) {
+    const int64_t step = (count + 31) / 32, probe = lane * step;
+    const bool before = probe < count && call.sequence_segments[low + probe] <= first;
+    const int64_t passed = (__popc(__ballot_sync(kAll, before)) - 1) * step;
+    low += passed;
+    count = min(step, count - passed);
+  }
+  const int64_t group = (first - call.sequence_segments[low]) / call.splits, blocks = group / call.head_packs;
+  return {int32_t(low), int32_t(blocks / call.head_parts), int32_t(blocks % call.head_parts),
+          int32_t(group % call.head_packs)};
+}
+
+// The CUDA block that has a unit, of `units` in all.
+__device__ inline int32_t block_of_unit(const AttentionCall &call, int64_t unit, int64_t units) {
+  return int32_t(((unit + 1) * call.blocks - 1) / units);
+}
+
+// Where there are fewer units than blocks some have none.
+__device__ inline bool has_units(const AttentionCall &call, int64_t block, int64_t units) {
+  return units >= call.blocks || block * units / call.blocks < (block + 1) * units / call.blocks;
+}
+
+}  // namespace tqkv::cuda
