@@ -43,15 +43,19 @@ bool is_code(int bits) {
   return bits == 2 || bits == 3 || bits == 4 || bits == 8;
 }
 
-// The first that takes the call; those of fixed bits come first, and of them those of fewer rows.
+// The first that takes the call; those of fixed bits come first, and of them those of fewer rows. The last, of any bits,
+// takes more rows in parts.
 const AttentionKernel *find(const AttentionCall &call, int64_t rows) {
   if (!is_code(call.k_bits) || !is_code(call.v_bits)) return nullptr;
+  // What the kernels of fixed bits take for granted.
+  const bool plain = call.k_scale_type == TQ_TYPE_F16 && call.v_scale_type == TQ_TYPE_F16 &&
+                     call.pool.block_size >= kTileTokens;
   const int bits_k = call.k_uniform != 0 ? 20 : call.k_bits, bits_v = call.v_uniform != 0 ? 20 : call.v_bits;
   for (const AttentionKernel &kernel : kKernels) {
     const bool any = kernel.bits_k == 0;
     if (kernel.dim_k != call.head_dim_k || kernel.dim_v != call.head_dim_v) continue;
-    if (!any && (kernel.bits_k != bits_k || kernel.bits_v != bits_v)) continue;
-    if (rows <= 4 * kernel.blocks || kernel.blocks == 2) return &kernel;
+    if (!any && (!plain || kernel.bits_k != bits_k || kernel.bits_v != bits_v)) continue;
+    if (rows <= 4 * kernel.blocks || any || kernel.blocks == 2) return &kernel;
   }
   return nullptr;
 }
@@ -91,7 +95,7 @@ QueryOrder order_of_any(const AttentionCall &call) {
 bool find_attention(const AttentionCall &call, int64_t rows, AttentionLimits *limits) {
   const AttentionKernel *kernel = find(call, rows);
   if (kernel == nullptr) return false;
-  *limits = {kernel->dim_k > 128 || kernel->dim_v > 128 ? 8 : 16, 4 * kernel->blocks};
+  *limits = {attention_warps(kernel->dim_k, kernel->dim_v, kernel->blocks), 4 * kernel->blocks};
   return true;
 }
 

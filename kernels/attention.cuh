@@ -2,23 +2,28 @@
 // The main kernel of paged attention: codes from pages, through shared memory, to both products on integer tensor
 // cores. attention.hpp says what it is given and what it leaves.
 //
-// BLOCK. One a multiprocessor. Warps form teams of `pack_heads`, a warp a kv head; of an item's tiles (an item is a
-// segment or a part of one) team i takes every teams-th from the i-th on. A team has its own ring of stages; a stage holds
-// one tile of all its heads, adjacent in a page. The warp of head 0 issues the copies: after it has released tile n it
-// refills the stage of the tile before, which the other warps have left by then.
+// BLOCK. One a multiprocessor. Warps form teams of `pack_heads`, a warp a kv head; of an item's tiles (an item is a segment
+// or a part of one) team i takes every teams-th from the i-th on. A team has its own ring of stages; a stage holds one tile
+// of all its heads, adjacent in a page. Items are listed kMaxItems at a time, and a team's tiles of the list are numbered
+// through: tile n is in stage n % stages. When the warps of a team have left tile n - 1, one of them, each in its turn,
+// copies tile n - 1 + stages over it. That warp waits for the others' arrivals at tile n - 1, so it comes after the turn
+// before.
 //
 // WARP. Lane = 4 g + q, as in operands.cuh. Row r of an item is a query; with kBlocks = 1 there are 4, rows g and g + 4 are
 // copies, with 2 there are 8. A tile goes: scores (16-bit queries as two bytes), weights p = 2^(x - ref), products
 // w = p * v_scale rounded to 16 bits, as two bytes again, and sums of w * level in integers. The scores of one tile are
-// computed between the weights and the sums of the one before.
+// computed beside the sums of the one before.
 //
-// Sums of values. Four queries share one instruction's 8 columns: columns 0 .. 3 and 4 .. 7 see different halves of the
-// A operand. Where levels come from a table (kPairs) its bytes are by turns of two channels, and weights of queries
-// stand in even or odd bytes; else halves are tiles of V's operand.
+// Sums of values. Four queries share one instruction's 8 columns: columns 0 .. 3 and 4 .. 7 see different halves of the A
+// operand. Where levels come from a table (kPairs) its bytes are by turns of two channels, and weights of queries stand in
+// even or odd bytes; else halves are tiles of V's operand.
 //
-// SCALE OF WEIGHTS. ref is a row's, chosen so that a first weight is at most 2^12 (2^14 for f32 output). When a weight passes 2^16, or weights
-// become so small on average that their rounding would show, sums go to memory as f32 ("flush") and ref is chosen anew.
+// SCALE OF WEIGHTS. ref is a row's, chosen by the distribution of a tile's weights so that few later ones pass 2^16. When
+// one does, or weights become so small on average that their rounding would show, sums go to memory as f32 ("flush") and
+// ref is chosen anew.
 #pragma once
+
+#include <algorithm>
 
 #include "kernels/attention.hpp"
 #include "kernels/device/launch.cuh"
@@ -28,39 +33,30 @@
 
 namespace tqkv::cuda {
 
-inline constexpr int kMaxItems = 32, kMaxStages = 64, kMaxTeams = 16, kMaxWarps = 16;
+inline constexpr int kMaxItems = 16, kMaxStages = 64, kMaxWarps = 16;
+inline constexpr int kBatch = 32, kTable = 4 * kBatch;        // tiles whose places are looked up at a time, and kept
 inline constexpr int kAttentionSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr float kMinusInfinity = -INFINITY;
 inline constexpr float kLog2E = 1.4426950408889634f;
 
-// Part of a segment, or all of it.
-struct Item {
-  int32_t sequence, token_block, head_part, head_pack, first_tile, end_tile;
-  int64_t slot;
-  Sequence described;
-};
-
+// The dynamic shared memory: rings, then what each warp and team has, in bytes from the start.
 struct AttentionRing {
   int32_t stages;       // of a team
   int32_t stage_bytes;  // a multiple of 128
   int32_t in_one_copy;  // the heads of a tile are adjacent
+  int32_t scratch_at, rows_at, tables_at, shared_at;
 };
 
-// Tiles of one item that a team takes, at most 32.
-struct Batch {
-  int32_t item, first, count;
+struct ListedItem {
+  AttentionItem item;
+  Sequence sequence;
+  int32_t bad;  // a needed block id is
 };
 
-// The state of a team's producer, which walks the list ahead of the consumers; in shared memory, because it is not
-// looked at while a tile is worked on.
-struct Producer {
-  uint32_t issued;  // tiles
-  int32_t stage;
-  uint32_t parity;
-  int32_t at;  // in the batch
-  Batch batch, next;
-  int32_t next_ids[32];        // of the next batch's blocks
-  const uint8_t *address[32];  // null: not read, or gathered
+// A team's tiles of the list, tile n at n % kTable.
+struct TileTable {
+  const uint8_t *address[kTable];  // of the pack's first head; null: not read, or to be gathered
+  uint16_t exact[kTable];          // tokens that are read raw, as bits
 };
 
 // What of a warp's row is not looked at for every tile.
@@ -72,170 +68,34 @@ struct RowState {
   const uint8_t *operands;  // null: there is no such row
 };
 
-// What a block shares, but for the ring and the scratch.
 struct AttentionShared {
   uint64_t full[kMaxStages], empty[kMaxStages];
-  Producer producers[kMaxTeams];
-  Item items[kMaxItems];
-  int32_t bad[kMaxItems];  // a needed block id of the item is bad
+  ListedItem items[kMaxItems];
   int32_t num_items;
-  RowState rows[kMaxWarps][8];
 };
 
-// ---- the schedule
-
-__device__ inline int count(TileRange range) {
-  return range.end - range.first;
-}
-
-// Of all token blocks of a sequence.
-__device__ inline int64_t count_tiles(const AttentionCall &call, const Sequence &sequence) {
-  int64_t sum = 0;
-  for (int i = 0; i < token_blocks(call, sequence); ++i) sum += count(tile_range(call, sequence, i));
-  return sum;
-}
-
-// Tiles of a split of [first, end).
-__device__ inline TileRange split_of(const AttentionCall &call, TileRange range, int split) {
-  if (call.split_tiles == 0) return range;
-  const int64_t begin = int64_t{split} * call.split_tiles, end = begin + call.split_tiles;
-  const int first = int(max(int64_t{range.first}, begin)), last = int(min(int64_t{range.end}, end));
-  return {first, max(first, last)};
-}
-
-// Number of all units; the first block writes the tables that launches after this one read.
-__device__ __noinline__ inline int64_t count_units(const AttentionCall &call) {
-  const int lane = int(threadIdx.x) % 32, copies = call.head_parts * call.head_packs;
-  int64_t units = 0, segments = 0;
-  int64_t rows_end = 0;
-  for (int first = 0; first < call.num_seqs; first += 32) {
-    const Sequence sequence = read_sequences(call, first, &rows_end);
-    const int blocks = token_blocks(call, sequence);
-    const int64_t own = count_tiles(call, sequence) * copies, own_segments = int64_t{blocks} * copies * call.splits;
-    int64_t units_to = own, segments_to = own_segments;  // inclusive sums
-    for (int step = 1; step < 32; step *= 2) {
-      const int64_t u = __shfl_up_sync(kAll, units_to, unsigned(step));
-      const int64_t s = __shfl_up_sync(kAll, segments_to, unsigned(step));
-      if (lane >= step) units_to += u, segments_to += s;
-    }
-    if (blockIdx.x == 0 && first + lane < call.num_seqs) {
-      call.sequence_states[first + lane] = sequence.state;
-      int64_t segment = segments + segments_to - own_segments;
-      int64_t unit = units + units_to - own;
-      call.sequence_segments[first + lane] = segment;
-      for (int i = 0; i < blocks; ++i) {
-        const TileRange range = tile_range(call, sequence, i);
-        for (int copy = 0; copy < copies; ++copy) {
-          for (int split = 0; split < call.splits; ++split) {
-            call.segment_units[segment++] = unit;
-            unit += count(split_of(call, range, split));
-          }
-        }
-      }
-    }
-    units += __shfl_sync(kAll, units_to, 31);
-    segments += __shfl_sync(kAll, segments_to, 31);
-  }
-  if (blockIdx.x == 0 && lane == 0) {
-    call.sequence_segments[call.num_seqs] = segments;
-    call.segment_units[segments] = units;
-  }
-  return units;
-}
-
-// Lists the block's items from unit `begin` on, as many as there is room for; gives the unit to go on from.
-__device__ __noinline__ inline int64_t list_items(const AttentionCall &call, int64_t begin, int64_t end,
-                                                  AttentionShared &shared) {
-  const int lane = int(threadIdx.x) % 32, copies = call.head_parts * call.head_packs;
-  int listed = 0;
-  int64_t unit = 0, segment = 0;
-  int64_t rows_end = 0;
-  for (int first = 0; first < call.num_seqs && unit < end && listed < kMaxItems; first += 32) {
-    const Sequence own = read_sequences(call, first, &rows_end);
-    const int own_blocks = token_blocks(call, own);
-    const int64_t own_units = count_tiles(call, own) * copies;
-    for (int i = 0; i < 32 && first + i < call.num_seqs && unit < end && listed < kMaxItems; ++i) {
-      const int64_t units = __shfl_sync(kAll, own_units, i);
-      const int blocks = __shfl_sync(kAll, own_blocks, i);
-      if (unit + units <= begin) {
-        unit += units;
-        segment += int64_t{blocks} * copies * call.splits;
-        continue;
-      }
-      const Sequence sequence = read_sequence(call, first + i, 0);
-      for (int t = 0; t < blocks && unit < end && listed < kMaxItems; ++t) {
-        const TileRange range = tile_range(call, sequence, t);
-        if (unit + int64_t{count(range)} * copies <= begin) {
-          unit += int64_t{count(range)} * copies;
-          segment += int64_t{copies} * call.splits;
-          continue;
-        }
-        for (int copy = 0; copy < copies && listed < kMaxItems; ++copy) {
-          for (int split = 0; split < call.splits && listed < kMaxItems; ++split, ++segment) {
-            const TileRange part = split_of(call, range, split);
-            const int64_t first_unit = unit;
-            unit += count(part);
-            int64_t low = max(begin, first_unit), high = min(end, unit);
-            if (call.split_tiles != 0) {  // all of it, where its first unit is
-              const bool mine = first_unit >= begin && first_unit < end;
-              low = first_unit, high = mine ? unit : first_unit;
-            }
-            if (low >= high) continue;
-            if (lane == 0) {
-              shared.items[listed] = {first + i,
-                                      t,
-                                      copy / call.head_packs,
-                                      copy % call.head_packs,
-                                      part.first + int(low - first_unit),
-                                      part.first + int(high - first_unit),
-                                      int64_t{blockIdx.x} + segment,
-                                      sequence};
-              shared.bad[listed] = 0;
-            }
-            ++listed;
-            begin = unit;
-          }
-        }
-      }
-    }
-  }
-  if (lane == 0) shared.num_items = listed;
-  return listed < kMaxItems ? end : begin;
-}
-
-// ---- filling stages
-
-// What the functions of a team's first warp, which fills its stages, are given. Cold ones are not inlined: they would take
-// registers from the loop.
+// A warp's team.
 struct Team {
   int32_t index, count;  // of all teams
 };
 
-// Sets `next` to the first batch at or after tile `from` of an item (-1: its first one).
-__device__ inline void find_batch(const AttentionCall &call, AttentionShared &shared, Team team, int item, int from) {
-  const int lane = int(threadIdx.x) % 32;
-  Producer &state = shared.producers[team.index];
-  Batch batch{0, 0, 0};
-  for (; item < shared.num_items; ++item, from = -1) {
-    const Item &it = shared.items[item];
-    if (from < 0) from = it.first_tile + team.index;
-    if (from >= it.end_tile) continue;
-    batch = {item, from, min(32, (it.end_tile - from + team.count - 1) / team.count)};
-    if (lane < batch.count && call.pool.block_size >= kTileTokens) {
-      state.next_ids[lane] = it.described.table[(from + lane * team.count) / (call.pool.block_size / kTileTokens)];
-    }
-    break;
-  }
-  __syncwarp();
-  if (lane == 0) state.next = batch;
-  __syncwarp();
+__device__ inline int lane_of_warp() {
+  return int(threadIdx.x) % 32;
 }
 
+// Tiles of an item that are a team's.
+__device__ inline int tiles_of(const AttentionItem &item, Team team) {
+  const int tiles = item.end_tile - item.first_tile - team.index;
+  return tiles > 0 ? (tiles + team.count - 1) / team.count : 0;
+}
+
+// ---- finding tiles
+
 // Whether some row of the item reads the codes of key j.
-__device__ inline bool is_needed(const AttentionCall &call, const Item &item, int j) {
-  const Sequence &sequence = item.described;
+__device__ inline bool is_needed(const AttentionCall &call, const ListedItem &listed, int j) {
+  const Sequence &sequence = listed.sequence;
   if (j >= sequence.coded_length || is_exact(call, sequence, j)) return false;
-  const int first = item.token_block * call.block_tokens;
+  const int first = listed.item.token_block * call.block_tokens;
 #pragma unroll 1
   for (int token = first; token < min(sequence.q_len, first + call.block_tokens); ++token) {
     const KeyRange keys = visible_keys(call, sequence, position(call, sequence, token));
@@ -245,11 +105,11 @@ __device__ inline bool is_needed(const AttentionCall &call, const Item &item, in
 }
 
 // Small blocks that follow each other from the first row of a tile on are a tile of the pool; null if they do not.
-__device__ inline const uint8_t *whole_tile(const AttentionCall &call, const Item &item, int tile) {
+__device__ inline const uint8_t *whole_tile(const AttentionCall &call, const Sequence &sequence, int tile) {
   const AttentionPool &pool = call.pool;
   const int count = kTileTokens / pool.block_size;
-  if ((tile + 1) * kTileTokens > item.described.coded_length) return nullptr;
-  const int32_t *blocks = item.described.table + int64_t{tile} * count;
+  if ((tile + 1) * kTileTokens > sequence.coded_length) return nullptr;
+  const int32_t *blocks = sequence.table + int64_t{tile} * count;
   const int64_t first = blocks[0];
   if (first < 0 || first % count != 0 || first + count > pool.num_blocks) return nullptr;
 #pragma unroll 1
@@ -259,33 +119,42 @@ __device__ inline const uint8_t *whole_tile(const AttentionCall &call, const Ite
   return pool.base + first / count * pool.block_stride;
 }
 
-// Makes the next batch the one that is issued, and looks for the one after it, whose block ids are then on their way.
-__device__ __forceinline__ void switch_batch(const AttentionCall &call, AttentionShared &shared, Team team) {
-  const int lane = int(threadIdx.x) % 32;
-  Producer &state = shared.producers[team.index];
-  const Batch batch = state.next;
-  if (lane < batch.count) {
-    const AttentionPool &pool = call.pool;
-    const Item &item = shared.items[batch.item];
-    const int tile = batch.first + lane * team.count;
-    const uint8_t *at = nullptr;
-    if (pool.block_size < kTileTokens) {
-      at = whole_tile(call, item, tile);
-    } else if (const int id = state.next_ids[lane]; id >= 0 && id < pool.num_blocks) {
-      at = pool.base + id * pool.block_stride + tile % (pool.block_size / kTileTokens) * pool.tile_stride;
-    } else {
-#pragma unroll 1
-      for (int t = 0; t < kTileTokens; ++t) {
-        if (is_needed(call, item, tile * kTileTokens + t)) shared.bad[batch.item] = 1;
-      }
-    }
-    if (at != nullptr) at += int64_t{item.head_pack} * call.pack_heads * pool.head_stride;
-    state.address[lane] = at;
+// Looks up tiles first .. first + kBatch - 1 of a team's list, a lane each.
+__device__ inline void find_tiles(const AttentionCall &call, AttentionShared &shared, TileTable &table, Team team,
+                                  int first) {
+  const AttentionPool &pool = call.pool;
+  const int n = first + lane_of_warp();
+  int in_item = n, i = 0;
+  for (; i < shared.num_items; ++i) {
+    const int tiles = tiles_of(shared.items[i].item, team);
+    if (in_item < tiles) break;
+    in_item -= tiles;
   }
-  __syncwarp();
-  if (lane == 0) state.batch = batch, state.at = 0;
-  __syncwarp();
-  if (batch.count > 0) find_batch(call, shared, team, batch.item, batch.first + batch.count * team.count);
+  if (i == shared.num_items) return;
+  ListedItem &listed = shared.items[i];
+  const Sequence &sequence = listed.sequence;
+  const int tile = listed.item.first_tile + team.index + in_item * team.count;
+  const uint8_t *at = nullptr;
+  bool bad = false;
+  if (pool.block_size < kTileTokens) {
+    at = whole_tile(call, sequence, tile);
+  } else {
+    const int tiles = pool.block_size / kTileTokens, block = tile / tiles, id = sequence.table[block];
+    bad = id < 0 || id >= pool.num_blocks;
+    if (!bad) at = pool.base + id * pool.block_stride + (tile - block * tiles) * pool.tile_stride;
+  }
+  if (at != nullptr) at += int64_t{listed.item.head_pack} * call.pack_heads * pool.head_stride;
+  unsigned exact = 0;
+  const int j = tile * kTileTokens;
+  if (bad || !none_exact(call, sequence, j, j + kTileTokens)) {
+#pragma unroll 1
+    for (int t = 0; t < kTileTokens; ++t) {
+      if (j + t < sequence.coded_length && is_exact(call, sequence, j + t)) exact |= 1u << t;
+      if (bad && is_needed(call, listed, j + t)) listed.bad = 1;
+    }
+  }
+  table.address[n % kTable] = at;
+  table.exact[n % kTable] = uint16_t(exact);
 }
 
 __device__ inline void copy_codes(const uint8_t *from, uint8_t *to, int head_dim, int bits, bool is_v, int from_row,
@@ -311,22 +180,23 @@ __device__ inline void copy_scale(const uint8_t *from, uint8_t *to, int type, in
   if (i < bytes) to[to_row * bytes + i] = from[from_row * bytes + i];
 }
 
-// Copies the tokens of the next tile from small blocks wherever they are. The stage is free.
-__device__ __forceinline__ void gather_tile(const AttentionCall &call, AttentionShared &shared, Team team,
-                                            uint8_t *to) {
+// Copies the tokens of tile n from small blocks, wherever they are, to a stage that is free.
+__device__ __noinline__ inline void gather_tile(const AttentionCall &call, AttentionShared &shared, Team team, int n,
+                                                uint8_t *to) {
   const AttentionPool &pool = call.pool;
-  const int lane = int(threadIdx.x) % 32;
-  const Producer &state = shared.producers[team.index];
-  const Item &item = shared.items[state.batch.item];
+  const int lane = lane_of_warp();
+  int in_item = n, i = 0;
+  for (; in_item >= tiles_of(shared.items[i].item, team); ++i) in_item -= tiles_of(shared.items[i].item, team);
+  ListedItem &listed = shared.items[i];
   int64_t slot = -1;  // of the lane's token
   if (lane < kTileTokens) {
-    const int j = (state.batch.first + state.at * team.count) * kTileTokens + lane;
-    if (is_needed(call, item, j)) {
-      const int32_t id = item.described.table[j / pool.block_size];
+    const int j = (listed.item.first_tile + team.index + in_item * team.count) * kTileTokens + lane;
+    if (is_needed(call, listed, j)) {
+      const int32_t id = listed.sequence.table[j / pool.block_size];
       if (id >= 0 && id < pool.num_blocks) {
         slot = int64_t{id} * pool.block_size + j % pool.block_size;
       } else {
-        shared.bad[state.batch.item] = 1;
+        listed.bad = 1;
       }
     }
   }
@@ -338,7 +208,7 @@ __device__ __forceinline__ void gather_tile(const AttentionCall &call, Attention
 #pragma unroll 1
     for (int head = 0; head < call.pack_heads; ++head) {
       const uint8_t *from = pool.base + from_slot / kTileTokens * pool.block_stride +
-                            (int64_t{item.head_pack} * call.pack_heads + head) * pool.head_stride;
+                            (int64_t{listed.item.head_pack} * call.pack_heads + head) * pool.head_stride;
       uint8_t *tile = to + head * int64_t{pool.tile_bytes};
       copy_codes(from, tile, call.head_dim_k, call.k_bits, false, row, t);
       copy_codes(from + pool.v_codes, tile + pool.v_codes, call.head_dim_v, call.v_bits, true, row, t);
@@ -350,51 +220,31 @@ __device__ __forceinline__ void gather_tile(const AttentionCall &call, Attention
   __syncwarp();
 }
 
-// Fills stages of the team's ring until `limit` tiles are issued in all.
-__device__ __forceinline__ void fill(const AttentionCall &call, const AttentionRing &ring, AttentionShared &shared,
-                                     Team team, uint8_t *stages, uint32_t limit) {
-  Producer &state = shared.producers[team.index];
-  uint64_t *full = shared.full + team.index * ring.stages, *empty = shared.empty + team.index * ring.stages;
-  while (state.issued != limit && state.at < state.batch.count) {
-    const int stage = state.stage;
-    const uint8_t *from = state.address[state.at];
-    uint8_t *to = stages + stage * ring.stage_bytes;
-    if (state.issued >= uint32_t(ring.stages)) barrier_wait(&empty[stage], state.parity ^ 1);
-    if (from == nullptr && call.pool.block_size < kTileTokens) gather_tile(call, shared, team, to);
-    __syncwarp();
-    if (int(threadIdx.x) % 32 == 0) {
-      const uint32_t bytes = uint32_t(call.pool.tile_bytes);
-      if (from == nullptr) {
-        barrier_arrive(&full[stage]);
-      } else {
-        barrier_arrive_expect(&full[stage], bytes * uint32_t(call.pack_heads));
-        const int copies = ring.in_one_copy ? 1 : call.pack_heads;
-        const uint32_t size = ring.in_one_copy ? bytes * uint32_t(call.pack_heads) : bytes;
-        for (int i = 0; i < copies; ++i) {
-          bulk_copy(to + i * int(bytes), from + i * call.pool.head_stride, size, &full[stage]);
-        }
-      }
-      ++state.at;
-      ++state.issued;
-      if (stage + 1 == ring.stages)
-        state.stage = 0, state.parity ^= 1;
-      else
-        state.stage = stage + 1;
+// Begins to copy a tile to a stage that is free, by a warp. With kSmall blocks may be smaller than a tile.
+template <bool kSmall>
+__device__ __forceinline__ void copy_tile(const AttentionCall &call, const AttentionRing &ring, AttentionShared &shared,
+                                          Team team, int n, const uint8_t *from, uint8_t *to, uint64_t *full) {
+  if constexpr (kSmall) {
+    if (from == nullptr && call.pool.block_size < kTileTokens) gather_tile(call, shared, team, n, to);
+  }
+  if (lane_of_warp() != 0) return;
+  const uint32_t bytes = uint32_t(call.pool.tile_bytes);
+  if (from == nullptr) {
+    barrier_arrive(full);
+    return;
+  }
+  barrier_arrive_expect(full, bytes * uint32_t(call.pack_heads));
+  if (ring.in_one_copy) {
+    bulk_copy(to, from, bytes * uint32_t(call.pack_heads), full);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < call.pack_heads; ++i) {
+      bulk_copy(to + i * int(bytes), from + i * call.pool.head_stride, bytes, full);
     }
-    __syncwarp();
-    if (state.at == state.batch.count) switch_batch(call, shared, team);
   }
 }
 
-// The first stages of a list.
-__device__ __noinline__ inline void begin_list(const AttentionCall &call, const AttentionRing &ring,
-                                               AttentionShared &shared, Team team, uint8_t *stages, uint32_t limit) {
-  find_batch(call, shared, team, 0, -1);
-  switch_batch(call, shared, team);
-  fill(call, ring, shared, team, stages, limit);
-}
-
-// ---- one warp's rows
+// ---- codes to products
 
 // body(i) for i = 0 .. kCount - 1, constants.
 template <int kCount, class Body>
@@ -411,9 +261,9 @@ struct FixedK {
   using Codes = KCodes<kBits, kDim, kUniform>;
   static constexpr int kSteps = Codes::kSteps;
 
-  // Adds the scores of the tile's tokens.
+  // The scores of the tile's tokens.
   __device__ static void score(const AttentionCall &call, const uint8_t *codes, int g, int q,
-                               const uint32_t (&a)[kSteps][4], int32_t (&c)[2][4]) {
+                               const uint32_t (&a)[kSteps][4], const int32_t (&bias)[4], int32_t (&c)[2][4]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       Codes k;
@@ -422,7 +272,9 @@ struct FixedK {
       Codes::expand(k, {call.k_levels[0], call.k_levels[1]}, q, b);
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        mma_m16n8k32<int8_t, std::conditional_t<kUniform, uint8_t, int8_t>>(c[j], a[s], b[s], c[j]);
+        using Byte = std::conditional_t<kUniform, uint8_t, int8_t>;
+        if (s == 0) mma_m16n8k32<int8_t, Byte>(c[j], a[s], b[s], bias);
+        if (s != 0) mma_m16n8k32<int8_t, Byte>(c[j], a[s], b[s], c[j]);
       }
     }
   }
@@ -433,12 +285,12 @@ struct AnyK {
   static constexpr int kSteps = FixedK<4, kDim, false>::kSteps;
 
   __device__ static void score(const AttentionCall &call, const uint8_t *codes, int g, int q,
-                               const uint32_t (&a)[kSteps][4], int32_t (&c)[2][4]) {
-    if (call.k_uniform != 0) return FixedK<2, kDim, true>::score(call, codes, g, q, a, c);
-    if (call.k_bits == 2) return FixedK<2, kDim, false>::score(call, codes, g, q, a, c);
-    if (call.k_bits == 3) return FixedK<3, kDim, false>::score(call, codes, g, q, a, c);
-    if (call.k_bits == 4) return FixedK<4, kDim, false>::score(call, codes, g, q, a, c);
-    FixedK<8, kDim, false>::score(call, codes, g, q, a, c);
+                               const uint32_t (&a)[kSteps][4], const int32_t (&bias)[4], int32_t (&c)[2][4]) {
+    if (call.k_uniform != 0) return FixedK<2, kDim, true>::score(call, codes, g, q, a, bias, c);
+    if (call.k_bits == 2) return FixedK<2, kDim, false>::score(call, codes, g, q, a, bias, c);
+    if (call.k_bits == 3) return FixedK<3, kDim, false>::score(call, codes, g, q, a, bias, c);
+    if (call.k_bits == 4) return FixedK<4, kDim, false>::score(call, codes, g, q, a, bias, c);
+    FixedK<8, kDim, false>::score(call, codes, g, q, a, bias, c);
   }
 };
 
@@ -538,22 +390,27 @@ struct AnyV {
   }
 };
 
-template <class KSide, class VSide, int kDimK, int kDimV, int kBlocksOfRows>
+template <class KSide, class VSide, int kDimK, int kDimV, int kBlocksOfRows, bool kAnyPages>
 struct AttentionShape {
   using K = KSide;
   using V = VSide;
+  static constexpr bool kAny = kAnyPages;  // scales of any type, blocks of any size
   static constexpr int kHeadDimV = kDimV;
   static constexpr int kBlocks = kBlocksOfRows, kRows = 4 * kBlocks;
-  static constexpr int kWarps = kDimK > 128 || kDimV > 128 ? 8 : 16;
+  static constexpr int kWarps = attention_warps(kDimK, kDimV, kBlocks);
   static constexpr int kScratch = kRows * kDimV;  // floats a warp
 };
 
-// Describes the rows of a warp's kv head, lanes 0 .. 7 one each; gives the tokens [x, y) that are visible to every row, and
+// ---- one warp's rows
+
+// Describes the rows of a warp's kv head, lanes 0 .. 7 one each; gives the tiles [x, y) that are visible to every row, and
 // coded.
-__device__ __noinline__ inline int2 describe_rows(const AttentionCall &call, const Item &item, int pack_head,
-                                                  RowState *states) {
-  const Sequence &sequence = item.described;
-  const int row = int(threadIdx.x) % 32, token = item.token_block * call.block_tokens + row / call.block_heads;
+template <int kRows>
+__device__ __noinline__ int2 describe_rows(const AttentionCall &call, const ListedItem &listed, int pack_head,
+                                           RowState *states) {
+  const Sequence &sequence = listed.sequence;
+  const AttentionItem &item = listed.item;
+  const int row = lane_of_warp(), token = item.token_block * call.block_tokens + row / call.block_heads;
   const int in_group = item.head_part * call.block_heads + row % call.block_heads;
   int begin = INT32_MIN, end = INT32_MAX;
   RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr};
@@ -568,7 +425,7 @@ __device__ __noinline__ inline int2 describe_rows(const AttentionCall &call, con
     state.query = call.query_rows[at];
     state.operands = call.query_operands + at * 2 * call.operand_bytes;
   }
-  if (row < 8) states[row] = state;
+  if (row < kRows) states[row] = state;
   for (int lane = 4; lane > 0; lane /= 2) {
     begin = max(begin, __shfl_xor_sync(kAll, begin, lane));
     end = min(end, __shfl_xor_sync(kAll, end, lane));
@@ -580,20 +437,9 @@ __device__ __noinline__ inline int2 describe_rows(const AttentionCall &call, con
     end = int(min(int64_t{end}, max(sequence.first_position - call.exact_recent + 1, int64_t{INT32_MIN})));
   }
   __syncwarp();
-  return make_int2(begin, end);
-}
-
-// Which of tokens j .. j + 3 a row reads from their codes, as bits.
-__device__ __forceinline__ unsigned visible_tokens(const AttentionCall &call, const Sequence &sequence, int j, int low,
-                                                   int high) {
-  unsigned visible = 0;
-  for (int i = 0; i < 4; ++i) visible |= unsigned(j + i >= low && j + i < high) << i;
-  if (call.exact.base == nullptr || visible == 0) return visible;
-#pragma unroll 1
-  for (int i = 0; i < 4; ++i) {
-    if ((visible >> i & 1) != 0 && is_exact(call, sequence, j + i)) visible &= ~(1u << i);
-  }
-  return visible;
+  const bool adjusted = call.soft_cap > 0 || call.alibi_slopes != nullptr || begin >= end;
+  if (adjusted || end < 0) return make_int2(0, 0);
+  return make_int2((max(begin, 0) + kTileTokens - 1) / kTileTokens, end / kTileTokens);
 }
 
 template <class Shape>
@@ -609,66 +455,50 @@ class WarpRows {
   };
   using Scores = int32_t[2][4];
 
-  // `scratch`: of the block.
-  __device__ WarpRows(const AttentionCall &call, AttentionShared &shared, float *scratch)
-      : call_(call), shared_(shared), scratch_(scratch), g_(int(threadIdx.x) % 32 / 4), q_(int(threadIdx.x) % 4) {}
+  __device__ WarpRows(const AttentionCall &call, float *scratch, RowState *states)
+      : call_(call), scratch_(scratch), states_(states), g_(lane_of_warp() / 4), q_(lane_of_warp() % 4) {}
 
-  // `index`: of the item in the list.
-  __device__ void begin(int index, int pack_head) {
-    const Item &item = shared_.items[index];
-    const int2 plain = describe_rows(call_, item, pack_head, states());
-    plain_begin_ = plain.x, plain_end_ = plain.y;
-    if (call_.soft_cap > 0 || call_.alibi_slopes != nullptr) plain_begin_ = INT32_MAX;
-    item_ = index;
-    const RowState &state = states()[kBlocks == 1 ? g_ & 3 : g_];
-    gain_ = state.query.gain, shifted_ = offset_ = state.query.offset;
-    bias_high_ = state.query.bias_high, bias_low_ = state.query.bias_low;
-    const uint8_t *bytes = state.operands + q_ * 8 * K::kSteps;
+  __device__ void begin(const ListedItem &listed, int pack_head) {
+    const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states_);
+    plain_first_ = plain.x, plain_end_ = plain.y;
+    const RowState &state = row();
+    gain_ = state.query.gain, shifted_ = state.query.offset;
+    bias_[0] = bias_[1] = state.query.bias_high;
+    bias_[2] = bias_[3] = state.query.bias_low;
+    const uint8_t *bytes = state.operands + q_ * 16 * K::kSteps;
 #pragma unroll
     for (int s = 0; s < K::kSteps; ++s) {
-      uint2 high = make_uint2(0, 0), low = make_uint2(0, 0);
-      if (state.operands != nullptr) {
-        high = *reinterpret_cast<const uint2 *>(bytes + 8 * s);
-        low = *reinterpret_cast<const uint2 *>(bytes + call_.operand_bytes + 8 * s);
-      }
-      a_[s][0] = high.x, a_[s][2] = high.y;
-      a_[s][1] = low.x, a_[s][3] = low.y;
+      uint4 word = make_uint4(0, 0, 0, 0);
+      if (state.operands != nullptr) word = *reinterpret_cast<const uint4 *>(bytes + 16 * s);
+      a_[s][0] = word.x, a_[s][1] = word.y, a_[s][2] = word.z, a_[s][3] = word.w;
     }
-    ref_ = 0;
     sum_ = 0;
-    fall_ = false;
-    set_ = false;
-    unset_ = true;
-    flushed_ = false;
-    check_ = interval_ = kFirstCheck;
+    flags_ = kUnset;
+    check_ = kFirstCheck;
+    interval_ = kFirstCheck;
     reset();
   }
 
   __device__ void score(const uint8_t *tile, Scores &c) const {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      c[j][0] = c[j][1] = bias_high_;
-      c[j][2] = c[j][3] = bias_low_;
-    }
-    K::score(call_, tile, g_, q_, a_, c);
+    K::score(call_, tile, g_, q_, a_, bias_, c);
   }
 
-  __device__ Weights weigh(const uint8_t *tile, int number, const Scores &c) {
+  // `number`: of the tile in its sequence; `exact`: its tokens that are read raw.
+  __device__ Weights weigh(const uint8_t *tile, int number, const uint16_t *exact, const Scores &c) {
     float k_scale[4], v_scale[4], y[4];  // y: log2 of the weight p
     load_scales(tile + call_.pool.k_scales, call_.k_scale_type, k_scale);
     load_scales(tile + call_.pool.v_scales, call_.v_scale_type, v_scale);
-    const int first = number * kTileTokens;
-    if (first >= plain_begin_ && first + kTileTokens <= plain_end_) {
+    if (number >= plain_first_ && number < plain_end_) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] = __fmaf_rn(score_of(c, i), k_scale[i] * gain_, shifted_);
     } else {
-      adjust(c, k_scale, first, y, v_scale);
+      adjust(c, k_scale, number * kTileTokens + 4 * q_, unsigned(*exact) >> (4 * q_), y, v_scale);
     }
     float p[4];
     uint32_t w[4];
     weights_of(y, v_scale, p, w);
     const bool over = ((w[0] | w[1] | w[2] | w[3]) & 0xffff0000) != kOne;
-    if (__any_sync(kAll, over || fall_) || unset_) {
+    if (__any_sync(kAll, over || (flags_ & (kFall | kUnset)) != 0)) {
       choose_references(v_scale, over, y);
       weights_of(y, v_scale, p, w);
 #pragma unroll
@@ -690,12 +520,12 @@ class WarpRows {
   }
 
  private:
-  __device__ RowState *states() const {
-    return shared_.rows[threadIdx.x / 32];
-  }
-
   static constexpr uint32_t kOne = 0x4b000000;              // 2^23: integers are a float's low bits
   static constexpr int kFirstCheck = 8, kMostTiles = 2048;  // so that sums stay below 2^31
+  // The row's weights are too small; its reference is not chosen yet, or the row does not exist; the scratch holds sums.
+  static constexpr unsigned kFall = 1, kUnset = 2, kFlushed = 4;
+
+  __device__ RowState &row() const { return states_[kBlocks == 1 ? g_ & 3 : g_]; }
 
   __device__ void reset() {
 #pragma unroll
@@ -716,7 +546,7 @@ class WarpRows {
   }
 
   __device__ void load_scales(const uint8_t *scales, int type, float (&scale)[4]) const {
-    if (type == TQ_TYPE_F32) {
+    if (Shape::kAny && type == TQ_TYPE_F32) {
       const float4 v = *reinterpret_cast<const float4 *>(scales + 16 * q_);
       scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
     } else {
@@ -726,22 +556,20 @@ class WarpRows {
     }
   }
 
-  // y with all that changes or hides scores: -infinity where hidden, and there no value.
-  __device__ void adjust(const Scores &c, const float (&k_scale)[4], int first, float (&y)[4],
+  // y of keys j .. j + 3 with all that changes or hides scores: -infinity where hidden, and there no value.
+  __device__ void adjust(const Scores &c, const float (&k_scale)[4], int j, unsigned exact, float (&y)[4],
                          float (&v_scale)[4]) const {
-    const RowState &state = states()[kBlocks == 1 ? g_ & 3 : g_];
-    const int j = first + 4 * q_;
-    const unsigned visible = visible_tokens(call_, shared_.items[item_].described, j, state.low, state.high);
+    const RowState &state = row();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float score = __fmaf_rn(score_of(c, i), k_scale[i] * gain_, offset_);
+      float score = __fmaf_rn(score_of(c, i), k_scale[i] * gain_, state.query.offset);
       if (call_.soft_cap > 0) {  // cap * tanh(score / cap)
         const float power = exp2_approx(score * call_.cap_factor);
         score = call_.cap_log2 * (1.0f - 2.0f * reciprocal_approx(1.0f + power));
       }
       if (call_.alibi_slopes != nullptr) score = __fmaf_rn(state.slope, float(j + i - state.position), score);
-      const bool seen = (visible >> i & 1) != 0;
-      y[i] = seen ? score - ref_ : kMinusInfinity;
+      const bool seen = j + i >= state.low && j + i < state.high && (exact >> i & 1) == 0;
+      y[i] = seen ? score + (shifted_ - state.query.offset) : kMinusInfinity;
       if (!seen) v_scale[i] = 0;  // it may be anything
     }
   }
@@ -790,9 +618,9 @@ class WarpRows {
 
   __device__ void check_average() {
     const float least = call_.out.type == TQ_TYPE_F32 ? 768.0f : 192.0f;
-    const bool small = float(row_weights()) < least * float(run_ * kTileTokens);
-    fall_ = run_ >= kMostTiles || (small && set_);
-    if (__any_sync(kAll, fall_)) interval_ = min(2 * interval_, kMostTiles);  // a check costs little, a flush much
+    const bool small = float(row_weights()) < least * float(run_ * kTileTokens) && (flags_ & kUnset) == 0;
+    if (small || run_ >= kMostTiles) flags_ |= kFall;
+    if (__any_sync(kAll, (flags_ & kFall) != 0)) interval_ = min(2 * interval_, kMostTiles);  // a flush costs much
     check_ = min(run_ + interval_, kMostTiles);
   }
 
@@ -801,43 +629,67 @@ class WarpRows {
   __device__ void choose_references(const float (&v_scale)[4], bool over, float (&y)[4]) {
     if (run_ > 0) flush();
     check_ = interval_;
-    float most = kMinusInfinity, most_score = kMinusInfinity;
+    // log2 of the row's weights w: the largest, and the moments of what the others are below it.
+    float weight[4], most = kMinusInfinity, most_score = kMinusInfinity;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      weight[i] = v_scale[i] > 0 ? y[i] + log2_approx(v_scale[i]) : kMinusInfinity;
+      most = fmaxf(most, weight[i]);
       most_score = fmaxf(most_score, y[i]);
-      if (v_scale[i] > 0) most = fmaxf(most, y[i] + log2_approx(v_scale[i]));
     }
-    int changes = over || fall_ || !set_;
+    int changes = (over ? 1 : 0) | ((flags_ & (kFall | kUnset)) != 0 ? 2 : 0);
 #pragma unroll
     for (int lane = 1; lane <= 2; lane *= 2) {
       most = fmaxf(most, __shfl_xor_sync(kAll, most, lane));
       most_score = fmaxf(most_score, __shfl_xor_sync(kAll, most_score, lane));
       changes |= __shfl_xor_sync(kAll, changes, lane);
     }
+    float count = 0, mean = 0, square = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (weight[i] == kMinusInfinity) continue;
+      const float below = weight[i] - most;
+      count += 1, mean += below, square = __fmaf_rn(below, below, square);
+    }
+#pragma unroll
+    for (int lane = 1; lane <= 2; lane *= 2) {
+      count += __shfl_xor_sync(kAll, count, lane);
+      mean += __shfl_xor_sync(kAll, mean, lane);
+      square += __shfl_xor_sync(kAll, square, lane);
+    }
+    mean *= reciprocal_approx(fmaxf(count, 1));
+    square *= reciprocal_approx(fmaxf(count, 1));
+    const float spread = exp2_approx(0.5f * log2_approx(fmaxf(__fmaf_rn(-mean, mean, square), 1e-6f)));
+    // A weight that was too large is an outlier; else the largest of some thousand keys is expected at 2^16, if that leaves
+    // the largest of these large enough.
+    const float most_expected = call_.out.type == TQ_TYPE_F32 ? 2.0f : 4.0f;
+    const float expected =
+        (changes & 2) != 0 ? fminf(fmaxf(__fmaf_rn(3.25f, spread, mean), 0) + 0.1f, most_expected) : 2.0f;
     if (most == kMinusInfinity) most = most_score;  // no value, but a weight
-    if (changes && most != kMinusInfinity) {
-      const float rise = most - (call_.out.type == TQ_TYPE_F32 ? 14.0f : 12.0f);
-      ref_ += rise;
-      set_ = true;
-      shifted_ = offset_ - ref_;
+    if (changes != 0 && most != kMinusInfinity) {
+      const float rise = most + expected - 16;
+      shifted_ -= rise;
+      flags_ &= ~kUnset;
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] -= rise;
     }
-    fall_ = false;
-    unset_ = __any_sync(kAll, !set_ && gain_ != 0);
+    flags_ &= ~kFall;
+    if (gain_ == 0) flags_ &= ~kUnset;  // no such row, or all its scores are equal
   }
 
   // Adds the integer sums to the scratch, whose unit is that of the state's base.
   __device__ void flush() {
-    const float old_base = states()[g_].base, base = set_ ? fmaxf(old_base, ref_) : old_base;
-    const float keep = old_base == kMinusInfinity ? 0.0f : exp2_approx(old_base - base);
-    const float gain = set_ ? exp2_approx(ref_ - base) : 0.0f;
+    RowState &state = row();
     sum_ += __shfl_xor_sync(kAll, sum_, 1);
     sum_ += __shfl_xor_sync(kAll, sum_, 2);
+    const bool set = (flags_ & kUnset) == 0 && sum_ != 0, flushed = (flags_ & kFlushed) != 0;
+    const float old_base = state.base, ref = state.query.offset - shifted_, base = set ? fmaxf(old_base, ref) : old_base;
+    const float keep = old_base == kMinusInfinity ? 0.0f : exp2_approx(old_base - base);
+    const float gain = set ? exp2_approx(ref - base) : 0.0f;
     __syncwarp();
-    if (q_ == 0) {
-      states()[g_].base = base;
-      states()[g_].total = __fmaf_rn(sum_, gain, states()[g_].total * keep);
+    if (q_ == 0 && g_ < Shape::kRows) {
+      state.base = base;
+      state.total = __fmaf_rn(sum_, gain, state.total * keep);
     }
     __syncwarp();
     sum_ = 0;
@@ -845,73 +697,73 @@ class WarpRows {
     V::template for_each_sum<kBlocks>(call_, high_sums_, low_sums_, g_, q_, [&](int row) {
       const float row_keep = __shfl_sync(kAll, keep, 4 * row), row_gain = __shfl_sync(kAll, gain, 4 * row);
       const float row_weight = __shfl_sync(kAll, weights, 4 * row);
-      float *to = scratch_ + int(threadIdx.x) / 32 * Shape::kScratch + row * Shape::kHeadDimV;
-      return [=, this](int channel, float bytes, float ones) {  // level = 2 * byte + ones
+      float *to = scratch_ + row * Shape::kHeadDimV;
+      return [=](int channel, float bytes, float ones) {  // level = 2 * byte + ones
         const float levels = __fmaf_rn(2.0f, bytes, ones * row_weight);
-        to[channel] = flushed_ ? __fmaf_rn(levels, row_gain, to[channel] * row_keep) : levels * row_gain;
+        to[channel] = flushed ? __fmaf_rn(levels, row_gain, to[channel] * row_keep) : levels * row_gain;
       };
     });
-    flushed_ = true;
+    flags_ |= kFlushed;
     reset();
   }
 
   const AttentionCall &call_;
-  AttentionShared &shared_;
   float *scratch_;
+  RowState *states_;
   int g_, q_;
 
   // The item's.
   uint32_t a_[K::kSteps][4];
-  int32_t bias_high_, bias_low_;
-  float gain_, offset_;
-  int plain_begin_, plain_end_, item_;
+  int32_t bias_[4];
+  float gain_;
+  int plain_first_, plain_end_;
 
   // Of the lane's row and tokens.
-  float ref_, shifted_;  // shifted_: offset_ - ref_
-  float sum_;            // of p since the last flush
-  uint32_t weights_;     // of w since then, as the words they come in
-  bool fall_, set_;      // set_: ref_ is chosen
+  float shifted_;     // the row's offset less its reference
+  float sum_;         // of p since the last flush
+  uint32_t weights_;  // of w since then, as the words they come in
+  unsigned flags_;
   // The warp's.
   int run_, check_, interval_;  // tiles since the last flush, when to look at their weights, and how often
-  bool unset_, flushed_;        // unset_: some row's ref_ is not
   int32_t high_sums_[V::kProducts][kBlocks][4], low_sums_[V::kProducts][kBlocks][4];
 };
 
 // ---- the kernel
 
+// Adds up what the teams have of a head's rows, and leaves it as a partial result.
 template <class Shape>
-__device__ __noinline__ void write_partial(const AttentionCall &call, const Item &item, int head, Team team,
-                                           const float *scratch, const RowState (*states)[8]) {
-  const int lane = int(threadIdx.x) % 32, rows = call.block_tokens * call.block_heads;
-  uint8_t *slot = call.partials + item.slot * call.slot_bytes;
+__device__ __noinline__ void write_partial(const AttentionCall &call, int64_t slot_number, int head, Team team,
+                                           const float *scratch, const RowState *states) {
+  const int lane = lane_of_warp(), rows = call.block_tokens * call.block_heads;
+  uint8_t *slot = call.partials + slot_number * call.slot_bytes;
   float2 *to_states = reinterpret_cast<float2 *>(slot) + head * rows;
   float *to = reinterpret_cast<float *>(slot + partial_outputs(call.pack_heads, rows)) +
               int64_t{head} * rows * Shape::kHeadDimV;
+#pragma unroll 1
   for (int row = 0; row < rows; ++row) {
     float most = kMinusInfinity, sum = 0;
     for (int i = 0; i < team.count; ++i) {
-      most = fmaxf(most, states[i * call.pack_heads + head][row].base);
+      most = fmaxf(most, states[(i * call.pack_heads + head) * Shape::kRows + row].base);
     }
+    for (int i = 0; i < team.count; ++i) {
+      const RowState &state = states[(i * call.pack_heads + head) * Shape::kRows + row];
+      if (state.base != kMinusInfinity) sum = __fmaf_rn(state.total, exp2_approx(state.base - most), sum);
+    }
+    if (team.index == 0 && lane == 0) to_states[row] = make_float2(most, sum);
     for (int c = 4 * (lane + 32 * team.index); c < Shape::kHeadDimV; c += 128 * team.count) {
       float4 out = make_float4(0, 0, 0, 0);
       for (int i = 0; i < team.count; ++i) {
         const int warp = i * call.pack_heads + head;
-        const float base = states[warp][row].base;
+        const float base = states[warp * Shape::kRows + row].base;
         if (base == kMinusInfinity) continue;
         const float factor = exp2_approx(base - most);
         const float4 v =
-            *reinterpret_cast<const float4 *>(scratch + int64_t{warp} * Shape::kScratch + row * Shape::kHeadDimV + c);
+            *reinterpret_cast<const float4 *>(scratch + warp * Shape::kScratch + row * Shape::kHeadDimV + c);
         out.x = __fmaf_rn(v.x, factor, out.x), out.y = __fmaf_rn(v.y, factor, out.y);
         out.z = __fmaf_rn(v.z, factor, out.z), out.w = __fmaf_rn(v.w, factor, out.w);
       }
       *reinterpret_cast<float4 *>(to + row * Shape::kHeadDimV + c) = out;
     }
-    if (team.index != 0) continue;
-    for (int i = 0; i < team.count; ++i) {
-      const RowState &state = states[i * call.pack_heads + head][row];
-      if (state.base != kMinusInfinity) sum = __fmaf_rn(state.total, exp2_approx(state.base - most), sum);
-    }
-    if (lane == 0) to_states[row] = make_float2(most, sum);
   }
 }
 
@@ -919,101 +771,118 @@ template <class Shape>
 __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     attention_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ AttentionRing ring) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  __shared__ AttentionShared shared;
-  __shared__ int64_t range[2], next_unit;
-  uint8_t *stages = static_cast<uint8_t *>(dynamic_shared());
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  uint8_t *memory = static_cast<uint8_t *>(dynamic_shared());
+  AttentionShared &shared = *reinterpret_cast<AttentionShared *>(memory + ring.shared_at);
+  const int warp = int(threadIdx.x) / 32, lane = lane_of_warp();
   const int head = warp % call.pack_heads;
   const Team team{warp / call.pack_heads, int(blockDim.x) / 32 / call.pack_heads};
-  float *scratch = reinterpret_cast<float *>(stages + team.count * ring.stages * ring.stage_bytes);
-  stages += team.index * ring.stages * ring.stage_bytes;
-  if (warp == 0) {
-    for (int i = lane; i < team.count * ring.stages; i += 32) {
-      barrier_init(&shared.full[i], 1);
-      barrier_init(&shared.empty[i], uint32_t(call.pack_heads));
-    }
-    barrier_init_fence();
-    if (lane < team.count) shared.producers[lane] = {};
-    __syncwarp();
-    const int64_t units = count_units(call);
-    if (lane == 0) {
-      range[0] = int64_t{blockIdx.x} * units / call.blocks;
-      range[1] = (int64_t{blockIdx.x} + 1) * units / call.blocks;
-    }
-  }
-  __syncthreads();
-  int64_t unit = range[0];
-  const int64_t end = range[1];
-
-  WarpRows<Shape> rows(call, shared, scratch);
-  const bool fills = head == 0;
-  const uint32_t lag = ring.stages >= 4 ? 1 : 0;
+  float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at);
+  RowState *states = reinterpret_cast<RowState *>(memory + ring.rows_at);
+  TileTable &table = reinterpret_cast<TileTable *>(memory + ring.tables_at)[team.index];
+  uint8_t *stages = memory + team.index * ring.stages * ring.stage_bytes;
   uint64_t *full = shared.full + team.index * ring.stages, *empty = shared.empty + team.index * ring.stages;
-  uint32_t released = 0;
-  int stage = 0;
+  for (int i = int(threadIdx.x); i < team.count * ring.stages; i += int(blockDim.x)) {
+    barrier_init(&shared.full[i], 1);
+    barrier_init(&shared.empty[i], uint32_t(call.pack_heads));
+  }
+  barrier_init_fence();
+  grid_dependency_wait();
+  BlockItems block = call.block_items[blockIdx.x];
+
+  WarpRows<Shape> rows(call, scratch + warp * Shape::kScratch, states + warp * Shape::kRows);
+  int stage = 0;  // of the next tile, and the parity of its barriers' phase
   uint32_t parity = 0;
-  bool waits = true;  // for the launch before this one
-  while (unit < end) {
+#pragma unroll 1
+  for (; block.count > 0; block.first += kMaxItems, block.count -= kMaxItems) {
     if (warp == 0) {
-      const int64_t next = list_items(call, unit, end, shared);
-      if (lane == 0) next_unit = next;
+      if (lane < min(block.count, kMaxItems)) {
+        ListedItem listed;
+        listed.item = call.items[block.first + lane];
+        listed.sequence = read_sequence(call, listed.item.sequence, 0);
+        listed.bad = 0;
+        shared.items[lane] = listed;
+      }
+      if (lane == 0) shared.num_items = min(block.count, kMaxItems);
     }
     __syncthreads();
-    unit = next_unit;
-    if (fills) begin_list(call, ring, shared, team, stages, released + uint32_t(ring.stages));
-    if (waits) grid_dependency_wait();
-    waits = false;
+    int total = 0;  // tiles of the team in the list
+    for (int i = 0; i < shared.num_items; ++i) total += tiles_of(shared.items[i].item, team);
+    if (head == 0) {
+      find_tiles(call, shared, table, team, 0);
+      find_tiles(call, shared, table, team, kBatch);
+      __syncwarp();
+#pragma unroll 1
+      for (int n = 0, to = stage; n < min(ring.stages, total); ++n) {  // all stages are free
+        copy_tile<Shape::kAny>(call, ring, shared, team, n, table.address[n], stages + to * ring.stage_bytes, &full[to]);
+        if (++to == ring.stages) to = 0;
+      }
+    }
+    int n = 0, turn = 0;  // the next tile, and whose turn it is to copy
+#pragma unroll 1
     for (int i = 0; i < shared.num_items; ++i) {
-      const Item &item = shared.items[i];
-      rows.begin(i, head);
-      int tile = item.first_tile + team.index;
-      const int end_tile = item.end_tile;
-      if (tile < end_tile) {
-        const uint8_t *now = stages + stage * ring.stage_bytes + head * call.pool.tile_bytes;
-        typename WarpRows<Shape>::Weights weights{};  // before the first tile: of nothing
-        for (int old = -1;; tile += team.count) {
+      const ListedItem &listed = shared.items[i];
+      rows.begin(listed, head);
+      int left = tiles_of(listed.item, team), tile = listed.item.first_tile + team.index;
+      const uint8_t *now = stages + stage * ring.stage_bytes + head * call.pool.tile_bytes;
+      typename WarpRows<Shape>::Weights weights{};  // before the first tile: of nothing
+      // Leaves tile n - 1 and, in turn, copies the one that takes the place of tile n - 2.
+      const auto release = [&] {
+        const int old = stage == 0 ? ring.stages - 1 : stage - 1;
+        __syncwarp();
+        if (turn == head && n >= 2 && n - 2 + ring.stages < total) {
+          const int free = old == 0 ? ring.stages - 1 : old - 1;
+          barrier_wait(&empty[free], stage >= 2 ? parity : parity ^ 1);
+          const int next = n - 2 + ring.stages;
+          copy_tile<Shape::kAny>(call, ring, shared, team, next, table.address[next % kTable],
+                                 stages + free * ring.stage_bytes, &full[free]);
+        }
+        if (lane == 0) barrier_arrive(&empty[old]);
+        if (++turn == call.pack_heads) turn = 0;
+      };
+      bool first = true;
+#pragma unroll 1
+      while (left > 0) {
+        if (n % kBatch == 0 && n > 0 && head == 0) find_tiles(call, shared, table, team, n + kBatch);
+        __syncwarp();
+        const int end = n + min(left, kBatch - n % kBatch);
+        left -= end - n;
+#pragma unroll 1
+        for (; n < end; ++n, tile += team.count) {
           typename WarpRows<Shape>::Scores scores;
-          const bool more = tile < end_tile;
-          const uint8_t *next = now;
-          if (more) {
-            next = stages + stage * ring.stage_bytes + head * call.pool.tile_bytes;
-            barrier_wait(&full[stage], parity);
-          }
+          const uint8_t *next = stages + stage * ring.stage_bytes + head * call.pool.tile_bytes;
+          barrier_wait(&full[stage], parity);
           rows.score(next, scores);
           rows.add(now, weights);
-          if (old >= 0) {
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&empty[old]);
-            ++released;
-            if (fills) fill(call, ring, shared, team, stages, released - lag + uint32_t(ring.stages));
-          }
-          if (!more) break;
-          weights = rows.weigh(next, tile, scores);
+          if (!first) release();
+          first = false;
+          weights = rows.weigh(next, tile, &table.exact[n % kTable], scores);
           now = next;
-          old = stage;
           if (++stage == ring.stages) stage = 0, parity ^= 1;
         }
       }
+      if (!first) {
+        rows.add(now, weights);
+        release();
+      }
       rows.end();
-      if (shared.bad[i] != 0 && fills && lane == 0) call.sequence_faults[item.sequence] = 1;
+      if (listed.bad != 0 && lane == 0) call.sequence_faults[listed.item.sequence] = 1;
       group_barrier(1 + head, 32 * team.count);
-      write_partial<Shape>(call, item, head, team, scratch, shared.rows);
+      write_partial<Shape>(call, int64_t{block.first} + i, head, team, scratch, states);
       group_barrier(1 + head, 32 * team.count);
     }
     __syncthreads();
   }
-  grid_dependency_launch();
 #endif
 }
 
 // ---- starting it
 
-// The shape of K and V bits, 0: any that the call names, 20: 2 bits with uniform levels.
+// The shape of K and V bits, 0: any that the call names, and pages of any kind; 20: 2 bits with uniform levels.
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
 auto shape_of() {
   using K = std::conditional_t<kBitsK == 0, AnyK<kDimK>, FixedK<kBitsK == 20 ? 2 : kBitsK, kDimK, kBitsK == 20>>;
   using V = std::conditional_t<kBitsV == 0, AnyV<kDimV>, FixedV<kBitsV == 20 ? 2 : kBitsV, kDimV, kBitsV == 20>>;
-  return AttentionShape<K, V, kDimK, kDimV, kBlocks>{};
+  return AttentionShape<K, V, kDimK, kDimV, kBlocks, kBitsK == 0>{};
 }
 
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
@@ -1021,23 +890,31 @@ int load_attention() {
   using Shape = decltype(shape_of<kDimK, kDimV, kBitsK, kBitsV, kBlocks>());
   cudaFuncAttributes attributes;
   if (const int error = cudaFuncGetAttributes(&attributes, attention_kernel<Shape>)) return error;
-  const int most = kAttentionSharedBytes - int(sizeof(AttentionShared)) - 64;
-  return cudaFuncSetAttribute(attention_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return cudaFuncSetAttribute(attention_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              kAttentionSharedBytes);
 }
 
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
 int launch_attention_of(const AttentionCall &call, void *stream) {
   using Shape = decltype(shape_of<kDimK, kDimV, kBitsK, kBitsV, kBlocks>());
-  const int teams = Shape::kWarps / call.pack_heads, warps = teams * call.pack_heads;
-  const int scratch = warps * Shape::kScratch * int(sizeof(float));
-  const int bytes = kAttentionSharedBytes - int(sizeof(AttentionShared)) - 64 - scratch;
+  constexpr int kLeastStages = 3;  // the kernel's order of steps takes them
   AttentionRing ring{};
   ring.stage_bytes = (call.pack_heads * call.pool.tile_bytes + 127) / 128 * 128;
-  ring.stages = min(bytes / (teams * ring.stage_bytes), min(kMaxStages / teams, 16));
   ring.in_one_copy = call.pool.head_stride == call.pool.tile_bytes;
-  const int shared = teams * ring.stages * ring.stage_bytes + scratch;
-  return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks), unsigned(32 * warps), size_t(shared), stream,
-                          call, ring);
+  for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
+    const int warps = teams * call.pack_heads, scratch = warps * Shape::kScratch * int(sizeof(float));
+    const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(TileTable));
+    const int others = scratch + states + tables + int(sizeof(AttentionShared));
+    ring.stages = std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, 16));
+    if (ring.stages < kLeastStages) continue;
+    ring.scratch_at = teams * ring.stages * ring.stage_bytes;
+    ring.rows_at = ring.scratch_at + scratch;
+    ring.tables_at = ring.rows_at + states;
+    ring.shared_at = ring.tables_at + tables;
+    return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks), unsigned(32 * warps),
+                            size_t(ring.stages * teams * ring.stage_bytes + others), stream, call, ring);
+  }
+  return int(cudaErrorInvalidConfiguration);
 }
 
 }  // namespace tqkv::cuda

@@ -35,6 +35,15 @@ struct AttentionPool {
   int32_t block_size;
 };
 
+// What a CUDA block has of a segment.
+struct alignas(16) AttentionItem {
+  int32_t sequence, token_block, head_part, head_pack, first_tile, end_tile, pad[2];
+};
+// A block's slots.
+struct BlockItems {
+  int32_t first, count;
+};
+
 // What describes the work; checked by the host as far as the host can.
 struct AttentionCall {
   int32_t num_seqs, num_tokens, q_heads, kv_heads, group;  // group: q_heads / kv_heads
@@ -74,8 +83,10 @@ struct AttentionCall {
   int32_t *sequence_states;     // [num_seqs]: SequenceState
   int32_t *sequence_faults;     // [num_seqs]: not 0 where a needed block id is bad; "prepare" writes all of them
   int64_t *sequence_segments;   // [num_seqs + 1]
+  AttentionItem *items;         // [blocks + max_segments]: of each slot
+  BlockItems *block_items;      // [blocks]
   int64_t *segment_units;       // [max_segments + 1]: first unit of each, then the number of all
-  uint8_t *query_operands;      // [num_tokens, q_heads, 2, operand_bytes]: high bytes, low bytes
+  uint8_t *query_operands;      // [num_tokens, q_heads, operand_bytes / 4, 2]: words of high and of low bytes
   int32_t operand_bytes;        // 32 * ceil(head_dim_k / 32)
   struct QueryRow *query_rows;  // [num_tokens, q_heads]
   uint8_t *partials;            // [blocks + max_segments] slots
@@ -105,7 +116,10 @@ enum SequenceState : int32_t {
   kBadLength,  // zeros and -infinity
 };
 
-// Warps of a block of the main kernel, where there is one for these head_dims.
+// Warps of a block of the main kernel: as many as registers allow.
+inline constexpr int attention_warps(int head_dim_k, int head_dim_v, int blocks_of_rows) {
+  return head_dim_k > 128 || head_dim_v > 128 ? 8 : blocks_of_rows > 1 ? 12 : 16;
+}
 struct AttentionLimits {
   int32_t warps;
   int32_t rows;  // of a segment: 4 or 8

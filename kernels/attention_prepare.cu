@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Before attention: queries become integer operands, a warp a row, and ids of exact blocks are checked, a warp a
-// sequence.
+// Before attention: the first block writes the schedule; queries become integer operands, a warp a row; ids of exact blocks
+// are checked, a warp a sequence.
 #include "kernels/device/launch.cuh"
 #include "kernels/device/rotation.cuh"
-#include "kernels/device/sequence.cuh"
+#include "kernels/device/schedule.cuh"
 #include "kernels/inst.hpp"
 
 namespace tqkv::cuda {
@@ -63,8 +63,7 @@ __device__ void check_sequence(const AttentionCall &call, int64_t s, int lane) {
 // Splits Q, of which s.other has one a channel, into bytes.
 __device__ void write_operand(const AttentionCall &call, const QueryOrder &order, int64_t row, int lane,
                               const int32_t *integers) {
-  uint8_t *high_plane = call.query_operands + row * 2 * call.operand_bytes;
-  uint8_t *low_plane = high_plane + call.operand_bytes;
+  uint2 *words = reinterpret_cast<uint2 *>(call.query_operands + row * 2 * call.operand_bytes);
   for (int word = lane; word < call.operand_bytes / 4; word += 32) {
     uint32_t high = 0, low = 0;
     for (int i = 0; i < 4; ++i) {
@@ -74,8 +73,7 @@ __device__ void write_operand(const AttentionCall &call, const QueryOrder &order
       low |= uint32_t(uint8_t(q_low)) << (8 * i);
       high |= uint32_t(uint8_t((q - q_low) / 256)) << (8 * i);
     }
-    *reinterpret_cast<uint32_t *>(high_plane + 4 * word) = high;
-    *reinterpret_cast<uint32_t *>(low_plane + 4 * word) = low;
+    words[word] = make_uint2(high, low);
   }
 }
 
@@ -131,25 +129,27 @@ __device__ void prepare_row(const AttentionCall &call, const SideParams &k, cons
   __syncwarp();
 }
 
-// The first `row_blocks` blocks take rows, the others sequences.
+// After the first block `row_blocks` take rows, the others sequences.
 __global__ void __launch_bounds__(32 * kPrepareWarps)
     attention_prepare_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams k,
                              const __grid_constant__ QueryOrder order, const float *rotated, int row_blocks) {
   __shared__ PrepareScratch scratch[kPrepareWarps];
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  if (int(blockIdx.x) < row_blocks) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, block = int(blockIdx.x) - 1;
+  grid_dependency_launch();  // the next kernel may come; it waits for this one's end
+  if (block < 0) {
+    write_schedule(call);
+  } else if (block < row_blocks) {
     const int64_t rows = int64_t{call.num_tokens} * call.q_heads;
-    for (int64_t row = int64_t{blockIdx.x} * kPrepareWarps + warp; row < rows;
+    for (int64_t row = int64_t{block} * kPrepareWarps + warp; row < rows;
          row += int64_t{row_blocks} * kPrepareWarps) {
       prepare_row(call, k, order, rotated, row, lane, scratch[warp]);
     }
   } else {
-    for (int64_t s = int64_t(int(blockIdx.x) - row_blocks) * kPrepareWarps + warp; s < call.num_seqs;
-         s += int64_t(int(gridDim.x) - row_blocks) * kPrepareWarps) {
+    for (int64_t s = int64_t{block - row_blocks} * kPrepareWarps + warp; s < call.num_seqs;
+         s += int64_t{int(gridDim.x) - 1 - row_blocks} * kPrepareWarps) {
       check_sequence(call, s, lane);
     }
   }
-  grid_dependency_launch();
 }
 
 __global__ void __launch_bounds__(32 * kPrepareWarps)
@@ -173,8 +173,7 @@ int blocks_of(int64_t warps) {
 int launch_attention_prepare(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
                              const float *rotated, void *stream) {
   const int row_blocks = blocks_of(int64_t{call.num_tokens} * call.q_heads), sequence_blocks = blocks_of(call.num_seqs);
-  if (row_blocks + sequence_blocks == 0) return 0;
-  return launch(attention_prepare_kernel, unsigned(row_blocks + sequence_blocks), 32 * kPrepareWarps, 0, stream, call,
+  return launch(attention_prepare_kernel, unsigned(1 + row_blocks + sequence_blocks), 32 * kPrepareWarps, 0, stream, call,
                 k, order, rotated, row_blocks);
 }
 

@@ -66,7 +66,7 @@ struct Plan {
   cuda::AttentionCall call{};
   // Dense rotations: cuBLAS's workspace, queries before and after, outputs of three kinds.
   int64_t cublas = 0, queries = 0, rotated = 0, merged = 0, back = 0, raw = 0;
-  int64_t states = 0, faults = 0, segments = 0, units = 0, operands = 0, rows = 0, partials = 0;
+  int64_t states = 0, faults = 0, segments = 0, units = 0, items = 0, block_items = 0, operands = 0, rows = 0, partials = 0;
   int64_t bytes = 0;
 };
 
@@ -171,9 +171,9 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   Places places;
   if (__builtin_mul_overflow(token_blocks * call.head_parts * call.head_packs, int64_t{call.splits},
                              &call.max_segments) ||
-      call.max_segments > INT64_MAX / 64) {
-    return fail(TQ_ERROR_OVERFLOW, "%lld splits of %d tokens overflow 63 bits of workspace", (long long)from.splits,
-                call.num_tokens);
+      call.max_segments > INT32_MAX / 2) {
+    return fail(TQ_ERROR_OVERFLOW, "%lld splits of %d tokens in %d sequences are more than 2^30 pieces of work",
+                (long long)from.splits, call.num_tokens, call.num_seqs);
   }
   call.operand_bytes = (call.head_dim_k + 31) / 32 * 32;
   const int rows = call.block_tokens * call.block_heads;
@@ -186,6 +186,8 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   plan.faults = places.add(from.num_seqs, 4);
   plan.segments = places.add(int64_t{from.num_seqs} + 1, 8);
   plan.units = places.add(call.max_segments + 1, 8);
+  plan.items = places.add(call.max_segments + call.blocks, sizeof(cuda::AttentionItem));
+  plan.block_items = places.add(call.blocks, sizeof(cuda::BlockItems));
   plan.operands = places.add(query_rows, 2 * int64_t{call.operand_bytes});
   plan.rows = places.add(query_rows, sizeof(cuda::QueryRow));
   plan.partials = places.add(call.max_segments + call.blocks, call.slot_bytes);
@@ -211,6 +213,8 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.sequence_faults = reinterpret_cast<int32_t *>(base + plan.faults);
   call.sequence_segments = reinterpret_cast<int64_t *>(base + plan.segments);
   call.segment_units = reinterpret_cast<int64_t *>(base + plan.units);
+  call.items = reinterpret_cast<cuda::AttentionItem *>(base + plan.items);
+  call.block_items = reinterpret_cast<cuda::BlockItems *>(base + plan.block_items);
   call.query_operands = base + plan.operands;
   call.query_rows = reinterpret_cast<cuda::QueryRow *>(base + plan.rows);
   call.partials = base + plan.partials;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -93,7 +94,12 @@ struct Case {
   bool dense = random.once_in(4), poison = random.once_in(4), good_only = random.once_in(2);
   std::vector<int32_t> cu_seqlens, positions, lengths, starts, indptr, exact_table, states;
   std::vector<int32_t> faulty;
-  std::vector<int64_t> sequence_segments, segment_units;
+  // The schedule as it should be, and as it is.
+  std::vector<int64_t> sequence_segments, segment_units, got_segments, got_units;
+  std::vector<int32_t> got_states;
+  std::map<int64_t, AttentionItem> wanted_items;  // by slot
+  std::vector<BlockItems> block_items;
+  std::vector<AttentionItem> items;
   std::vector<float> key_offset, sinks, slopes, lse;
   std::vector<uint8_t> exact_pool, operands, partials;
   std::vector<QueryRow> query_rows;
@@ -344,6 +350,12 @@ struct Case {
           end = std::min(end, end_b);
         }
         if (first >= end) continue;
+        AttentionItem item{};
+        item.sequence = int32_t(part.s), item.token_block = int32_t(part.token_block);
+        item.head_part = int32_t(part.head_part), item.head_pack = int32_t(part.head_pack);
+        item.first_tile = int32_t(part.tiles.first + first - segment_units[i]);
+        item.end_tile = int32_t(item.first_tile + end - first);
+        wanted_items[b + int64_t(i)] = item;
         uint8_t *slot = partials.data() + (b + int64_t(i)) * call.slot_bytes;
         const int64_t low = (part.tiles.first + first - segment_units[i]) * 16, high = low + (end - first) * 16;
         for (int h = 0; h < call.pack_heads; ++h) {
@@ -377,16 +389,47 @@ struct Case {
         }
       }
     }
-    call.sequence_states = states.data();
+    got_states.assign(states.size(), -1);
+    got_segments.assign(sequence_segments.size(), -1);
+    got_units.assign(size_t(call.max_segments) + 1, -1);
+    block_items.assign(size_t(call.blocks), {-1, -1});
+    items.resize(size_t(call.blocks + call.max_segments));
+    call.sequence_states = got_states.data();
     call.sequence_faults = faulty.data();
-    call.sequence_segments = sequence_segments.data();
-    call.segment_units = segment_units.data();
+    call.sequence_segments = got_segments.data();
+    call.segment_units = got_units.data();
+    call.block_items = block_items.data();
+    call.items = items.data();
     call.partials = partials.data();
     call.operand_bytes = (dim_k + 31) / 32 * 32;
     operands.assign(size_t(call.num_tokens * call.q_heads * 2 * call.operand_bytes), 0x55);
     query_rows.resize(size_t(call.num_tokens * call.q_heads));
     call.query_operands = operands.data();
     call.query_rows = query_rows.data();
+  }
+
+  void check_schedule() {
+    CHECK(got_states == states);
+    CHECK(got_segments == sequence_segments);
+    got_units.resize(segment_units.size());
+    CHECK(got_units == segment_units);
+    size_t found = 0;
+    int32_t last = -1;
+    for (const BlockItems &listed : block_items) {
+      for (int32_t slot = listed.first; slot < listed.first + listed.count; ++slot) {
+        CHECK(slot > last);
+        last = slot;
+        const AttentionItem &item = items[size_t(slot)];
+        const auto wanted = wanted_items.find(slot);
+        if (wanted == wanted_items.end()) {
+          CHECK(item.first_tile == item.end_tile);
+        } else {
+          CHECK(std::memcmp(&item, &wanted->second, sizeof item) == 0);
+          ++found;
+        }
+      }
+    }
+    CHECK(found == wanted_items.size());
   }
 
   void check_queries(const QueryOrder &order) {
@@ -403,10 +446,13 @@ struct Case {
           offset += double(x[size_t(c)]) * double(key_offset[size_t(kv_head * dim_k + c)]);
       }
       const QueryRow &result = query_rows[size_t(row)];
-      const uint8_t *high = operands.data() + row * 2 * call.operand_bytes, *low = high + call.operand_bytes;
+      std::vector<uint8_t> high, low;
+      for (int i = 0; i < 2 * call.operand_bytes; ++i) {
+        (i % 8 < 4 ? high : low).push_back(operands[size_t(row * 2 * call.operand_bytes + i)]);
+      }
       if (!finite) {
         CHECK(std::isnan(result.gain));
-        for (int i = 0; i < 2 * call.operand_bytes; ++i) CHECK(high[i] == 0);
+        CHECK(std::count(high.begin(), high.end(), 0) + std::count(low.begin(), low.end(), 0) == 2 * call.operand_bytes);
         continue;
       }
       tqkv::rotate(k, x.data());
@@ -414,12 +460,12 @@ struct Case {
       CHECK(std::abs(result.bias_low) <= 128);
       for (int i = 0; i < call.operand_bytes; ++i) {
         if (order.channel[i] < 0) {
-          CHECK((high[i] == 0 && low[i] == 0));
+          CHECK((high[size_t(i)] == 0 && low[size_t(i)] == 0));
           continue;
         }
         const int byte = call.k_uniform ? 64 * random.below(4) : random.below(256) - 128;
         const double of_key = call.k_uniform ? byte / 32.0 - 3 : 2 * byte + 1, y = double(x[size_t(order.channel[i])]);
-        sum += byte * (256 * int(int8_t(high[i])) + int(int8_t(low[i])));
+        sum += byte * (256 * int(int8_t(high[size_t(i)])) + int(int8_t(low[size_t(i)])));
         exact += y * of_key;
         level_norm += of_key * of_key;
         norm += y * y;
@@ -570,6 +616,7 @@ TEST_CASE("attention's sequences, tiles, queries and merge are what tqkv.h says"
     const auto &params = c.codec->cuda->params;
     REQUIRE(launch_attention_prepare(c.call, params[0], order, nullptr, &stream) == 0);
     c.check_queries(order);
+    c.check_schedule();
 
     std::fill(c.out.bytes.begin(), c.out.bytes.end(), uint8_t{0x77});
     const float gain = 0.125f;
