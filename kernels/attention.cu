@@ -48,8 +48,8 @@ bool is_code(int bits) {
 const AttentionKernel *find(const AttentionCall &call, int64_t rows) {
   if (!is_code(call.k_bits) || !is_code(call.v_bits)) return nullptr;
   // What the kernels of fixed bits take for granted.
-  const bool plain = call.k_scale_type == TQ_TYPE_F16 && call.v_scale_type == TQ_TYPE_F16 &&
-                     call.pool.block_size >= kTileTokens;
+  const bool plain =
+      call.k_scale_type == TQ_TYPE_F16 && call.v_scale_type == TQ_TYPE_F16 && call.pool.block_size >= kTileTokens;
   const int bits_k = call.k_uniform != 0 ? 20 : call.k_bits, bits_v = call.v_uniform != 0 ? 20 : call.v_bits;
   for (const AttentionKernel &kernel : kKernels) {
     const bool any = kernel.bits_k == 0;

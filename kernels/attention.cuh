@@ -33,8 +33,9 @@
 
 namespace tqkv::cuda {
 
+inline constexpr int kFirstCheck = 8;  // tiles after which a warp first looks at its weights
 inline constexpr int kMaxItems = 16, kMaxStages = 64, kMaxWarps = 16;
-inline constexpr int kBatch = 32, kTable = 4 * kBatch;        // tiles whose places are looked up at a time, and kept
+inline constexpr int kBatch = 32, kTable = 4 * kBatch;   // tiles whose places are looked up at a time, and kept
 inline constexpr int kAttentionSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr float kMinusInfinity = -INFINITY;
 inline constexpr float kLog2E = 1.4426950408889634f;
@@ -66,6 +67,7 @@ struct RowState {
   int32_t position, low, high;  // keys [low, high) of the pages are visible
   QueryRow query;
   const uint8_t *operands;  // null: there is no such row
+  int32_t interval;         // of the first row: how often the warp looks at its weights, in tiles
 };
 
 struct AttentionShared {
@@ -413,7 +415,7 @@ __device__ __noinline__ int2 describe_rows(const AttentionCall &call, const List
   const int row = lane_of_warp(), token = item.token_block * call.block_tokens + row / call.block_heads;
   const int in_group = item.head_part * call.block_heads + row % call.block_heads;
   int begin = INT32_MIN, end = INT32_MAX;
-  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr};
+  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr, kFirstCheck};
   if (row < call.block_tokens * call.block_heads && token < sequence.q_len && in_group < call.group) {
     const int head = (item.head_pack * call.pack_heads + pack_head) * call.group + in_group;
     const int64_t at = int64_t{sequence.begin + token} * call.q_heads + head;
@@ -454,6 +456,10 @@ class WarpRows {
     uint32_t low[kBlocks][2], high[kBlocks][2];
   };
   using Scores = int32_t[2][4];
+  // Of keys and values 4 q .. 4 q + 3, as they are stored.
+  struct Scales {
+    uint32_t k[Shape::kAny ? 4 : 2], v[Shape::kAny ? 4 : 2];
+  };
 
   __device__ WarpRows(const AttentionCall &call, float *scratch, RowState *states)
       : call_(call), scratch_(scratch), states_(states), g_(lane_of_warp() / 4), q_(lane_of_warp() % 4) {}
@@ -475,7 +481,6 @@ class WarpRows {
     sum_ = 0;
     flags_ = kUnset;
     check_ = kFirstCheck;
-    interval_ = kFirstCheck;
     reset();
   }
 
@@ -483,11 +488,18 @@ class WarpRows {
     K::score(call_, tile, g_, q_, a_, bias_, c);
   }
 
+  __device__ Scales scales(const uint8_t *tile) const {
+    Scales result;
+    load_scales(tile + call_.pool.k_scales, call_.k_scale_type, result.k);
+    load_scales(tile + call_.pool.v_scales, call_.v_scale_type, result.v);
+    return result;
+  }
+
   // `number`: of the tile in its sequence; `exact`: its tokens that are read raw.
-  __device__ Weights weigh(const uint8_t *tile, int number, const uint16_t *exact, const Scores &c) {
+  __device__ Weights weigh(const Scales &scales, int number, const uint16_t *exact, const Scores &c) {
     float k_scale[4], v_scale[4], y[4];  // y: log2 of the weight p
-    load_scales(tile + call_.pool.k_scales, call_.k_scale_type, k_scale);
-    load_scales(tile + call_.pool.v_scales, call_.v_scale_type, v_scale);
+    convert_scales(scales.k, call_.k_scale_type, k_scale);
+    convert_scales(scales.v, call_.v_scale_type, v_scale);
     if (number >= plain_first_ && number < plain_end_) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[i] = __fmaf_rn(score_of(c, i), k_scale[i] * gain_, shifted_);
@@ -520,12 +532,14 @@ class WarpRows {
   }
 
  private:
-  static constexpr uint32_t kOne = 0x4b000000;              // 2^23: integers are a float's low bits
-  static constexpr int kFirstCheck = 8, kMostTiles = 2048;  // so that sums stay below 2^31
+  static constexpr uint32_t kOne = 0x4b000000;  // 2^23: integers are a float's low bits
+  static constexpr int kMostTiles = 2048;       // so that sums stay below 2^31
   // The row's weights are too small; its reference is not chosen yet, or the row does not exist; the scratch holds sums.
   static constexpr unsigned kFall = 1, kUnset = 2, kFlushed = 4;
 
-  __device__ RowState &row() const { return states_[kBlocks == 1 ? g_ & 3 : g_]; }
+  __device__ RowState &row() const {
+    return states_[kBlocks == 1 ? g_ & 3 : g_];
+  }
 
   __device__ void reset() {
 #pragma unroll
@@ -545,14 +559,25 @@ class WarpRows {
     return float(256 * c[i >> 1][i & 1] + c[i >> 1][2 + (i & 1)]);
   }
 
-  __device__ void load_scales(const uint8_t *scales, int type, float (&scale)[4]) const {
+  template <int kWords>
+  __device__ void load_scales(const uint8_t *scales, int type, uint32_t (&word)[kWords]) const {
     if (Shape::kAny && type == TQ_TYPE_F32) {
-      const float4 v = *reinterpret_cast<const float4 *>(scales + 16 * q_);
-      scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
+      const uint4 v = *reinterpret_cast<const uint4 *>(scales + 16 * q_);
+      word[0] = v.x, word[1] = v.y, word[kWords - 2] = v.z, word[kWords - 1] = v.w;
     } else {
       const uint2 v = *reinterpret_cast<const uint2 *>(scales + 8 * q_);
-      f32_pair_from_f16(v.x, scale[0], scale[1]);
-      f32_pair_from_f16(v.y, scale[2], scale[3]);
+      word[0] = v.x, word[1] = v.y;
+    }
+  }
+
+  template <int kWords>
+  __device__ static void convert_scales(const uint32_t (&word)[kWords], int type, float (&scale)[4]) {
+    if (Shape::kAny && type == TQ_TYPE_F32) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scale[i] = __uint_as_float(word[i % kWords]);
+    } else {
+      f32_pair_from_f16(word[0], scale[0], scale[1]);
+      f32_pair_from_f16(word[1], scale[2], scale[3]);
     }
   }
 
@@ -620,15 +645,19 @@ class WarpRows {
     const float least = call_.out.type == TQ_TYPE_F32 ? 768.0f : 192.0f;
     const bool small = float(row_weights()) < least * float(run_ * kTileTokens) && (flags_ & kUnset) == 0;
     if (small || run_ >= kMostTiles) flags_ |= kFall;
-    if (__any_sync(kAll, (flags_ & kFall) != 0)) interval_ = min(2 * interval_, kMostTiles);  // a flush costs much
-    check_ = min(run_ + interval_, kMostTiles);
+    const int interval = states_[0].interval;
+    check_ = min(run_ + interval, kMostTiles);
+    if (__any_sync(kAll, (flags_ & kFall) != 0) && lane_of_warp() == 0) {
+      states_[0].interval = min(2 * interval, kMostTiles);  // a flush costs much
+    }
+    __syncwarp();
   }
 
   // New references where there are none yet, a weight is too large, or weights have become small; `y` with them. Sums so
   // far go to the scratch.
   __device__ void choose_references(const float (&v_scale)[4], bool over, float (&y)[4]) {
     if (run_ > 0) flush();
-    check_ = interval_;
+    check_ = states_[0].interval;
     // log2 of the row's weights w: the largest, and the moments of what the others are below it.
     float weight[4], most = kMinusInfinity, most_score = kMinusInfinity;
 #pragma unroll
@@ -683,7 +712,8 @@ class WarpRows {
     sum_ += __shfl_xor_sync(kAll, sum_, 1);
     sum_ += __shfl_xor_sync(kAll, sum_, 2);
     const bool set = (flags_ & kUnset) == 0 && sum_ != 0, flushed = (flags_ & kFlushed) != 0;
-    const float old_base = state.base, ref = state.query.offset - shifted_, base = set ? fmaxf(old_base, ref) : old_base;
+    const float old_base = state.base, ref = state.query.offset - shifted_,
+                base = set ? fmaxf(old_base, ref) : old_base;
     const float keep = old_base == kMinusInfinity ? 0.0f : exp2_approx(old_base - base);
     const float gain = set ? exp2_approx(ref - base) : 0.0f;
     __syncwarp();
@@ -724,7 +754,7 @@ class WarpRows {
   uint32_t weights_;  // of w since then, as the words they come in
   unsigned flags_;
   // The warp's.
-  int run_, check_, interval_;  // tiles since the last flush, when to look at their weights, and how often
+  int run_, check_;  // tiles since the last flush, and when to look at their weights
   int32_t high_sums_[V::kProducts][kBlocks][4], low_sums_[V::kProducts][kBlocks][4];
 };
 
@@ -813,7 +843,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       __syncwarp();
 #pragma unroll 1
       for (int n = 0, to = stage; n < min(ring.stages, total); ++n) {  // all stages are free
-        copy_tile<Shape::kAny>(call, ring, shared, team, n, table.address[n], stages + to * ring.stage_bytes, &full[to]);
+        copy_tile<Shape::kAny>(call, ring, shared, team, n, table.address[n], stages + to * ring.stage_bytes,
+                               &full[to]);
         if (++to == ring.stages) to = 0;
       }
     }
@@ -851,11 +882,12 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
           typename WarpRows<Shape>::Scores scores;
           const uint8_t *next = stages + stage * ring.stage_bytes + head * call.pool.tile_bytes;
           barrier_wait(&full[stage], parity);
-          rows.score(next, scores);
+          const typename WarpRows<Shape>::Scales scales = rows.scales(next);
           rows.add(now, weights);
+          rows.score(next, scores);
           if (!first) release();
           first = false;
-          weights = rows.weigh(next, tile, &table.exact[n % kTable], scores);
+          weights = rows.weigh(scales, tile, &table.exact[n % kTable], scores);
           now = next;
           if (++stage == ring.stages) stage = 0, parity ^= 1;
         }
@@ -905,7 +937,8 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
     const int warps = teams * call.pack_heads, scratch = warps * Shape::kScratch * int(sizeof(float));
     const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(TileTable));
     const int others = scratch + states + tables + int(sizeof(AttentionShared));
-    ring.stages = std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, 16));
+    ring.stages =
+        std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, 16));
     if (ring.stages < kLeastStages) continue;
     ring.scratch_at = teams * ring.stages * ring.stage_bytes;
     ring.rows_at = ring.scratch_at + scratch;

@@ -140,8 +140,7 @@ __global__ void __launch_bounds__(32 * kPrepareWarps)
     write_schedule(call);
   } else if (block < row_blocks) {
     const int64_t rows = int64_t{call.num_tokens} * call.q_heads;
-    for (int64_t row = int64_t{block} * kPrepareWarps + warp; row < rows;
-         row += int64_t{row_blocks} * kPrepareWarps) {
+    for (int64_t row = int64_t{block} * kPrepareWarps + warp; row < rows; row += int64_t{row_blocks} * kPrepareWarps) {
       prepare_row(call, k, order, rotated, row, lane, scratch[warp]);
     }
   } else {
@@ -173,8 +172,8 @@ int blocks_of(int64_t warps) {
 int launch_attention_prepare(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
                              const float *rotated, void *stream) {
   const int row_blocks = blocks_of(int64_t{call.num_tokens} * call.q_heads), sequence_blocks = blocks_of(call.num_seqs);
-  return launch(attention_prepare_kernel, unsigned(1 + row_blocks + sequence_blocks), 32 * kPrepareWarps, 0, stream, call,
-                k, order, rotated, row_blocks);
+  return launch(attention_prepare_kernel, unsigned(1 + row_blocks + sequence_blocks), 32 * kPrepareWarps, 0, stream,
+                call, k, order, rotated, row_blocks);
 }
 
 int launch_attention_widen(const AttentionCall &call, float *rows, void *stream) {

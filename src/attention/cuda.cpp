@@ -66,7 +66,8 @@ struct Plan {
   cuda::AttentionCall call{};
   // Dense rotations: cuBLAS's workspace, queries before and after, outputs of three kinds.
   int64_t cublas = 0, queries = 0, rotated = 0, merged = 0, back = 0, raw = 0;
-  int64_t states = 0, faults = 0, segments = 0, units = 0, items = 0, block_items = 0, operands = 0, rows = 0, partials = 0;
+  int64_t states = 0, faults = 0, segments = 0, units = 0, items = 0, block_items = 0, operands = 0, rows = 0,
+          partials = 0;
   int64_t bytes = 0;
 };
 

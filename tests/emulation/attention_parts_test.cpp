@@ -452,7 +452,8 @@ struct Case {
       }
       if (!finite) {
         CHECK(std::isnan(result.gain));
-        CHECK(std::count(high.begin(), high.end(), 0) + std::count(low.begin(), low.end(), 0) == 2 * call.operand_bytes);
+        CHECK(std::count(high.begin(), high.end(), 0) + std::count(low.begin(), low.end(), 0) ==
+              2 * call.operand_bytes);
         continue;
       }
       tqkv::rotate(k, x.data());
