@@ -56,7 +56,7 @@ struct ListedItem {
 
 // A team's tiles of the list, tile n at n % kTable.
 struct TileTable {
-  const uint8_t *address[kTable];  // of the pack's first head; null: not read, or to be gathered
+  const uint8_t *address[kTable];  // of the pack's first head, or no_tile(); null: not read, or to be gathered
   uint16_t exact[kTable];          // tokens that are read raw, as bits
 };
 
@@ -80,6 +80,11 @@ struct AttentionShared {
 struct Team {
   int32_t index, count;  // of all teams
 };
+
+// Stands for the address of a tile past the list's last.
+__device__ inline const uint8_t *no_tile() {
+  return reinterpret_cast<const uint8_t *>(uintptr_t{1});
+}
 
 __device__ inline int lane_of_warp() {
   return int(threadIdx.x) % 32;
@@ -132,7 +137,10 @@ __device__ inline void find_tiles(const AttentionCall &call, AttentionShared &sh
     if (in_item < tiles) break;
     in_item -= tiles;
   }
-  if (i == shared.num_items) return;
+  if (i == shared.num_items) {
+    table.address[n % kTable] = no_tile();
+    return;
+  }
   ListedItem &listed = shared.items[i];
   const Sequence &sequence = listed.sequence;
   const int tile = listed.item.first_tile + team.index + in_item * team.count;
@@ -526,6 +534,9 @@ class WarpRows {
     V::template add<kBlocks>(call_, tile + call_.pool.v_codes, g_, q_, b.high, b.low, high_sums_, low_sums_);
   }
 
+  // Whether there are weights of the item.
+  __device__ bool has_tiles() const { return run_ > 0 || (flags_ & kFlushed) != 0; }
+
   // Leaves the rows' outputs in the scratch, and their reference and sum in the states.
   __device__ void end() {
     if (run_ > 0) flush();
@@ -835,16 +846,13 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       if (lane == 0) shared.num_items = min(block.count, kMaxItems);
     }
     __syncthreads();
-    int total = 0;  // tiles of the team in the list
-    for (int i = 0; i < shared.num_items; ++i) total += tiles_of(shared.items[i].item, team);
     if (head == 0) {
       find_tiles(call, shared, table, team, 0);
       find_tiles(call, shared, table, team, kBatch);
       __syncwarp();
 #pragma unroll 1
-      for (int n = 0, to = stage; n < min(ring.stages, total); ++n) {  // all stages are free
-        copy_tile<Shape::kAny>(call, ring, shared, team, n, table.address[n], stages + to * ring.stage_bytes,
-                               &full[to]);
+      for (int n = 0, to = stage; n < ring.stages && table.address[n] != no_tile(); ++n) {  // all stages are free
+        copy_tile<Shape::kAny>(call, ring, shared, team, n, table.address[n], stages + to * ring.stage_bytes, &full[to]);
         if (++to == ring.stages) to = 0;
       }
     }
@@ -860,17 +868,17 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       const auto release = [&] {
         const int old = stage == 0 ? ring.stages - 1 : stage - 1;
         __syncwarp();
-        if (turn == head && n >= 2 && n - 2 + ring.stages < total) {
-          const int free = old == 0 ? ring.stages - 1 : old - 1;
-          barrier_wait(&empty[free], stage >= 2 ? parity : parity ^ 1);
-          const int next = n - 2 + ring.stages;
-          copy_tile<Shape::kAny>(call, ring, shared, team, next, table.address[next % kTable],
-                                 stages + free * ring.stage_bytes, &full[free]);
+        if (turn == head && n >= 2) {
+          const int next = n - 2 + ring.stages, free = old == 0 ? ring.stages - 1 : old - 1;
+          const uint8_t *from = table.address[next % kTable];
+          if (from != no_tile()) {
+            barrier_wait(&empty[free], stage >= 2 ? parity : parity ^ 1);
+            copy_tile<Shape::kAny>(call, ring, shared, team, next, from, stages + free * ring.stage_bytes, &full[free]);
+          }
         }
         if (lane == 0) barrier_arrive(&empty[old]);
         if (++turn == call.pack_heads) turn = 0;
       };
-      bool first = true;
 #pragma unroll 1
       while (left > 0) {
         if (n % kBatch == 0 && n > 0 && head == 0) find_tiles(call, shared, table, team, n + kBatch);
@@ -885,14 +893,13 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
           const typename WarpRows<Shape>::Scales scales = rows.scales(next);
           rows.add(now, weights);
           rows.score(next, scores);
-          if (!first) release();
-          first = false;
+          if (rows.has_tiles()) release();
           weights = rows.weigh(scales, tile, &table.exact[n % kTable], scores);
           now = next;
           if (++stage == ring.stages) stage = 0, parity ^= 1;
         }
       }
-      if (!first) {
+      if (rows.has_tiles()) {
         rows.add(now, weights);
         release();
       }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine_simulator.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "catch.hpp"
@@ -10,9 +11,12 @@ namespace {
 using simulator::Events;
 using simulator::Mistake;
 
-// TQKV_TEST_CONFIGURATION runs one configuration alone, to repeat a failure.
+// TQKV_TEST_CONFIGURATION runs one configuration alone, to repeat a failure; TQKV_TEST_CONFIGURATIONS at most so many.
 void run_engines(int configurations, int steps, Events *events) {
   int first = 0;
+  if (const char *text = std::getenv("TQKV_TEST_CONFIGURATIONS")) {
+    configurations = std::min(configurations, std::atoi(text));
+  }
   if (const char *text = std::getenv("TQKV_TEST_CONFIGURATION")) {
     first = std::atoi(text);
     configurations = 1;

@@ -413,6 +413,14 @@ struct Place {
 
 }  // namespace
 
+double query_rounding(const Side &k, const Vector &q, double scale, double norm) {
+  double largest_channel = 0;
+  for (const double y : k.rotated ? multiply(k.rotation, q) : q) {
+    largest_channel = std::max(largest_channel, std::fabs(y));
+  }
+  return 4 * std::fabs(scale) * largest_channel * 0x1p-15 / std::sqrt(12.0) * norm;
+}
+
 Attention attention(const Codec &codec, const tq_attention_args &args, const Loader &loader) {
   Attention result;
   const int head_dim_k = codec.k.head_dim, head_dim_v = codec.v.head_dim, kv_heads = codec.kv_heads;
@@ -602,12 +610,7 @@ Attention attention(const Codec &codec, const tq_attention_args &args, const Loa
         result.lse[index] = maximum + std::log(z);
         result.magnitude[index] = norm(absolute) / z;
         result.logit[index] = largest;
-        double largest_channel = 0;
-        for (const double y : codec.k.rotated ? multiply(codec.k.rotation, q) : q) {
-          largest_channel = std::max(largest_channel, std::fabs(y));
-        }
-        result.query_rounding[index] =
-            4 * std::fabs(scale) * largest_channel * 0x1p-15 / std::sqrt(12.0) * largest_norm;
+        result.query_rounding[index] = query_rounding(codec.k, q, scale, largest_norm);
       }
     }
   }

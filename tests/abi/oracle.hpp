@@ -105,8 +105,7 @@ struct Attention {
   Vector lse;                 // [num_tokens, q_heads]
   Vector magnitude;           // [num_tokens, q_heads]: norm of sum p_j |v_j|, what rounding errors are relative to
   Vector logit;               // [num_tokens, q_heads]: largest sum of a logit's terms' magnitudes, of keys that matter
-  Vector query_rounding;  // [num_tokens, q_heads]: what a logit is wrong by (four standard deviations) if the rotated
-                          // query is rounded to 2^-15 of its largest channel
+  Vector query_rounding;      // [num_tokens, q_heads]: see below
   std::set<int64_t> coded_slots, exact_slots, new_rows;   // read by some query
   std::vector<int32_t> fault;                             // [num_seqs]: -1 or the TQ_FAULT kind
   std::vector<std::set<int64_t>> entries, exact_entries;  // [num_seqs]: columns of the tables that are needed
@@ -114,5 +113,9 @@ struct Attention {
 // `args` with host pointers. Pages are decoded by `load` above, or by `loader` where given (same arguments).
 using Loader = std::function<Vector(bool exact, int32_t side, int64_t slot, int head)>;
 Attention attention(const Codec &codec, const tq_attention_args &args, const Loader &loader = nullptr);
+
+// What a logit is wrong by (four standard deviations) if the rotated query is rounded to 2^-15 of its largest channel;
+// `norm` is the largest of decoded keys that matter.
+double query_rounding(const Side &k, const Vector &q, double scale, double norm);
 
 }  // namespace oracle

@@ -23,7 +23,7 @@ bool in_exact_range(const AttentionCall &call, const QuerySequence &sequence, si
 }
 
 Truth attend(const AttentionCall &call, const oracle::Codec &codec, const std::vector<QuerySequence> &sequences,
-             const std::vector<double> &q, int layer) {
+             const std::vector<double> &q, int layer, bool integer_queries) {
   const tq_attention_args &args = call.args;
   const size_t dk = size_t(codec.k.head_dim), dv = size_t(codec.v.head_dim), heads = size_t(args.q_heads);
   const size_t group = heads / size_t(codec.kv_heads);
@@ -33,10 +33,12 @@ Truth attend(const AttentionCall &call, const oracle::Codec &codec, const std::v
   truth.out.assign(size_t(args.num_tokens) * heads * dv, 0.0);
   truth.lse.assign(size_t(args.num_tokens) * heads, -std::numeric_limits<double>::infinity());
   truth.logit.assign(size_t(args.num_tokens) * heads, 0.0);
+  truth.query_rounding.assign(size_t(args.num_tokens) * heads, 0.0);
 
   struct Key {
     int32_t position;
     const double *k, *v;
+    const double *coded_norm;  // [kv_heads]; null where the key is read raw
   };
   for (size_t s = 0; s < sequences.size(); ++s) {
     const QuerySequence &sequence = sequences[s];
@@ -56,11 +58,11 @@ Truth attend(const AttentionCall &call, const oracle::Codec &codec, const std::v
         exact = column < args.exact_columns && call.exact_table[s * size_t(stride) + size_t(column)] >= 0;
       }
       if (!call.k_new.empty() && j >= length - sequence.q_len) {
-        keys.push_back({j, vectors.given_k.data(), vectors.given_v.data()});
+        keys.push_back({j, vectors.given_k.data(), vectors.given_v.data(), nullptr});
       } else if (exact) {
-        keys.push_back({j, vectors.raw_k.data(), vectors.raw_v.data()});
+        keys.push_back({j, vectors.raw_k.data(), vectors.raw_v.data(), nullptr});
       } else {
-        keys.push_back({j, vectors.coded_k.data(), vectors.coded_v.data()});
+        keys.push_back({j, vectors.coded_k.data(), vectors.coded_v.data(), vectors.coded_norm.data()});
       }
     }
 
@@ -92,15 +94,20 @@ Truth attend(const AttentionCall &call, const oracle::Codec &codec, const std::v
         if (!any) continue;
         double z = call.sinks.empty() ? 0 : std::exp(double(call.sinks[h]) - maximum);
         double *out = truth.out.data() + index * dv;
+        double largest_norm = 0;
         for (size_t j = 0; j < keys.size(); ++j) {
           const double weight = std::exp(x[j] - maximum);
           if (weight == 0) continue;
           z += weight;
+          if (weight > 1e-9 && keys[j].coded_norm) largest_norm = std::max(largest_norm, keys[j].coded_norm[kv_head]);
           const double *v = keys[j].v + kv_head * dv;
           for (size_t c = 0; c < dv; ++c) out[c] += weight * v[c];
         }
         for (size_t c = 0; c < dv; ++c) out[c] /= z;
         truth.lse[index] = maximum + std::log(z);
+        if (integer_queries && largest_norm > 0) {
+          truth.query_rounding[index] = oracle::query_rounding(codec.k, {query, query + dk}, scale, largest_norm);
+        }
       }
     }
   }

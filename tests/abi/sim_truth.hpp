@@ -15,6 +15,7 @@ struct LayerToken {
   std::vector<double> coded_k, coded_v;  // decoded, the key offset added
   std::vector<double> raw_k, raw_v;      // rounded to the raw type
   std::vector<double> loaded_k;          // coded_k with the offset added in f32
+  std::vector<double> coded_norm;        // [kv_heads]: of decoded keys, without the offset
   // Bytes of the pages: K codes, K scale, V codes, V scale of each head.
   std::vector<std::vector<uint8_t>> coded_record, raw_record;
 };
@@ -31,10 +32,11 @@ struct QuerySequence {
 };
 
 struct Truth {
-  std::vector<char> written;  // [num_tokens]: rows that belong to a sequence
-  std::vector<double> out;    // [num_tokens, q_heads, head_dim_v]
-  std::vector<double> lse;    // [num_tokens, q_heads]
-  std::vector<double> logit;  // [num_tokens, q_heads]: largest |logit| before soft cap
+  std::vector<char> written;           // [num_tokens]: rows that belong to a sequence
+  std::vector<double> out;             // [num_tokens, q_heads, head_dim_v]
+  std::vector<double> lse;             // [num_tokens, q_heads]
+  std::vector<double> logit;           // [num_tokens, q_heads]: largest |logit| before soft cap
+  std::vector<double> query_rounding;  // [num_tokens, q_heads]: as in oracle::Attention, zeros unless asked for
 };
 
 int32_t position_of(const AttentionCall &call, const QuerySequence &sequence, size_t index, int row);
@@ -42,8 +44,8 @@ bool visible(const AttentionCall &call, size_t index, int32_t key, int32_t posit
 bool in_exact_range(const AttentionCall &call, const QuerySequence &sequence, size_t index, int32_t key);
 
 // Of the call only scalars, lengths, starts, positions, exact table, sinks and slopes are read, never pages, block
-// tables, q, k_new or v_new. q: [num_tokens, q_heads, head_dim_k].
+// tables, q, k_new or v_new. q: [num_tokens, q_heads, head_dim_k]. `integer_queries`: as in AttentionRun.
 Truth attend(const AttentionCall &call, const oracle::Codec &codec, const std::vector<QuerySequence> &sequences,
-             const std::vector<double> &q, int layer);
+             const std::vector<double> &q, int layer, bool integer_queries);
 
 }  // namespace simulator

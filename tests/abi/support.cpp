@@ -464,7 +464,10 @@ AttentionRun run(const Target &target, const tq_codec *codec, const AttentionCal
   const Bytes workspace(device, workspace_bytes);
   args.workspace = workspace.data();
   args.workspace_bytes = workspace_bytes;
-  result.status = tq_paged_attention(codec, &args);
+  result.status = device.call([&](void *stream) {
+    args.stream = stream;
+    return tq_paged_attention(codec, &args);
+  });
   INFO("tq_paged_attention: " << (result.status == TQ_OK ? "" : tq_last_error()));
   REQUIRE(result.status == TQ_OK);
 
