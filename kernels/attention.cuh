@@ -535,7 +535,9 @@ class WarpRows {
   }
 
   // Whether there are weights of the item.
-  __device__ bool has_tiles() const { return run_ > 0 || (flags_ & kFlushed) != 0; }
+  __device__ bool has_tiles() const {
+    return run_ > 0 || (flags_ & kFlushed) != 0;
+  }
 
   // Leaves the rows' outputs in the scratch, and their reference and sum in the states.
   __device__ void end() {
@@ -852,7 +854,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       __syncwarp();
 #pragma unroll 1
       for (int n = 0, to = stage; n < ring.stages && table.address[n] != no_tile(); ++n) {  // all stages are free
-        copy_tile<Shape::kAny>(call, ring, shared, team, n, table.address[n], stages + to * ring.stage_bytes, &full[to]);
+        copy_tile<Shape::kAny>(call, ring, shared, team, n, table.address[n], stages + to * ring.stage_bytes,
+                               &full[to]);
         if (++to == ring.stages) to = 0;
       }
     }
