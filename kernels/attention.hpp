@@ -10,7 +10,7 @@
 //
 // UNITS. A unit is a tile of 16 tokens for a segment. All units together, in the order of segments, are cut into `blocks`
 // equal ranges, one a CUDA block: block b has units [b N / blocks, (b + 1) N / blocks). With a fixed split a segment is
-// not cut: it belongs to the block that has its first unit.
+// not cut: it belongs to the block that has its first unit. "Prepare" lists what each block has.
 //
 // FAULTS. "Prepare" looks at the ids of exact blocks; "attention" stores 1 to sequence_faults[s] where sequence s needs a
 // bad id of its pages. "Finish" counts faults, and gives zeros to sequences that have one.
@@ -35,11 +35,15 @@ struct AttentionPool {
   int32_t block_size;
 };
 
-// What a CUDA block has of a segment.
+inline constexpr int kMaxAttentionBlocks = 512;
+
+// A segment, or the part of one that a block has. Tiles [first_tile, end_tile); a segment without units has none.
 struct alignas(16) AttentionItem {
-  int32_t sequence, token_block, head_part, head_pack, first_tile, end_tile, pad[2];
+  int32_t sequence, token_block, head_part, head_pack, first_tile, end_tile;
+  int32_t first_slot, end_slot;  // of a segment: where its parts are, of an item 0
 };
-// A block's slots.
+
+// The items of a block are in slots first .. first + count - 1. Some may have no tiles.
 struct BlockItems {
   int32_t first, count;
 };
@@ -76,16 +80,17 @@ struct AttentionCall {
   int32_t block_tokens, block_heads, head_parts;  // head_parts: ceil(group / block_heads)
   int32_t pack_heads, head_packs;                 // kv_heads = pack_heads * head_packs
   int32_t splits, split_tiles;                    // 1, 0: automatic
-  int32_t blocks;
-  int64_t max_segments;
+  int32_t blocks;                                 // at most kMaxAttentionBlocks
+  int64_t max_segments;                           // max_segments + blocks is at most INT32_MAX / 2
 
   // Workspace.
   int32_t *sequence_states;     // [num_seqs]: SequenceState
   int32_t *sequence_faults;     // [num_seqs]: not 0 where a needed block id is bad; "prepare" writes all of them
   int64_t *sequence_segments;   // [num_seqs + 1]
-  AttentionItem *items;         // [blocks + max_segments]: of each slot
-  BlockItems *block_items;      // [blocks]
   int64_t *segment_units;       // [max_segments + 1]: first unit of each, then the number of all
+  AttentionItem *segments;      // [max_segments]
+  AttentionItem *items;         // [blocks + max_segments]: what block b has of segment i in slot b + i
+  BlockItems *block_items;      // [blocks]
   uint8_t *query_operands;      // [num_tokens, q_heads, operand_bytes / 4, 2]: words of high and of low bytes
   int32_t operand_bytes;        // 32 * ceil(head_dim_k / 32)
   struct QueryRow *query_rows;  // [num_tokens, q_heads]
@@ -106,7 +111,7 @@ struct QueryRow {
 };
 
 // Where a byte of an operand is read: channel[i] for byte i of both planes, or -1 for zero.
-struct QueryOrder {
+struct alignas(16) QueryOrder {
   int16_t channel[kMaxDim];
 };
 
@@ -131,7 +136,8 @@ bool find_attention(const AttentionCall &call, int64_t rows, AttentionLimits *li
 QueryOrder query_order(const AttentionCall &call);
 int launch_attention(const AttentionCall &call, void *stream);
 
-// Before: queries, or with a dense rotation `rotated` [num_tokens, q_heads, head_dim_k], as operands; sequence_faults.
+// Before: queries, or with a dense rotation `rotated` [num_tokens, q_heads, head_dim_k], as operands; segments, items
+// and what is known of sequences.
 int launch_attention_prepare(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
                              const float *rotated, void *stream);
 // Queries as f32 rows [num_tokens, q_heads, head_dim_k], for a dense rotation.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// After attention: a block takes the segments of all splits of some rows, of one kv head. Partial results are merged in
-// the order of splits and CUDA blocks, a warp a row, and rotated back. Keys that are read raw are added before, for all
-// rows of the block together: a chunk has a token a thread for scores, a row a warp for the softmax, and two channels a
-// thread for values.
+// After attention: a block takes the segments of all splits of some rows, of one kv head. Of its partial results, in
+// the order of splits or of CUDA blocks, warp w sums up every 8th from the w-th on, for all rows; what the warps have is
+// summed up in order and rotated back, a warp a row. So a row's bits do not depend on how many rows a block has. Keys
+// that are read raw are added before, for all rows of the block together: a chunk has a token a thread for scores, a row
+// a warp for the softmax, and two channels a thread for values.
 #include "kernels/device/launch.cuh"
 #include "kernels/device/rotation.cuh"
 #include "kernels/device/sequence.cuh"
@@ -14,7 +15,10 @@ namespace {
 constexpr int kMaxRows = 8;       // of a segment
 constexpr int kRawThreads = 256;  // tokens of a chunk
 constexpr float kLog2E = 0x1.715476p+0f;
-constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+constexpr float kLn2 = 0x1.62e43p-1f;
+constexpr int kFinishWarps = kRawThreads / 32;
+constexpr int kChunk = 160;  // partial results whose factors are known at a time, a multiple of kFinishWarps
+static_assert(kMaxRows <= kFinishWarps && kChunk % 32 == 0);
 
 __device__ float minus_infinity() {
   return -__int_as_float(0x7f800000);
@@ -32,18 +36,21 @@ __device__ bool has_keys(State state) {
 
 // What a state is multiplied with where the maximum is another.
 __device__ float factor_of(State state, float max) {
-  return !has_keys(state) ? 0.0f : state.max == max ? 1.0f : exp2f(state.max - max);
+  return !has_keys(state) ? 0.0f : state.max == max ? 1.0f : exp2_approx(state.max - max);
 }
 
 // The rows of a block.
 struct BlockRows {
-  Sequence sequence;
-  int32_t state;  // of the sequence, as attention found it
-  int64_t first_segment, sequence_index;
-  int32_t first_token, first_head, kv_head, head_in_pack;
+  AttentionItem segment;  // the first one
+  Sequence sequence;      // for rows alone: begin and q_len
+  int32_t first_segment, first_token, first_head, kv_head, head_in_pack;
 
-  __device__ int32_t token(const AttentionCall &call, int r) const { return first_token + r / call.block_heads; }
-  __device__ int32_t head_in_group(const AttentionCall &call, int r) const { return first_head + r % call.block_heads; }
+  __device__ int32_t token(const AttentionCall &call, int r) const {
+    return first_token + int32_t(uint32_t(r) / uint32_t(call.block_heads));
+  }
+  __device__ int32_t head_in_group(const AttentionCall &call, int r) const {
+    return first_head + int32_t(uint32_t(r) % uint32_t(call.block_heads));
+  }
   __device__ bool has(const AttentionCall &call, int r) const {
     return token(call, r) < sequence.q_len && head_in_group(call, r) < call.group;
   }
@@ -52,18 +59,25 @@ struct BlockRows {
   }
 };
 
-// False where there are fewer segments than the host made blocks for; by a warp.
+// False where there are fewer segments than the host made blocks for.
+template <bool kWholeSequence>
 __device__ bool find_rows(const AttentionCall &call, BlockRows *rows) {
-  rows->first_segment = int64_t{blockIdx.x} * call.splits;
+  rows->first_segment = int32_t(blockIdx.x) * call.splits;
+  if (rows->first_segment >= call.max_segments) return false;
+  rows->segment = call.segments[rows->first_segment];
   if (rows->first_segment >= call.sequence_segments[call.num_seqs]) return false;
-  const SegmentGroup group = find_segment_group(call, rows->first_segment);
-  rows->sequence = read_sequence(call, group.sequence, 0);
-  rows->sequence_index = group.sequence;
-  rows->state = call.sequence_states[group.sequence];
-  rows->first_token = group.token_block * call.block_tokens;
-  rows->first_head = group.head_part * call.block_heads;
+  const AttentionItem &segment = rows->segment;
+  if constexpr (kWholeSequence) {
+    rows->sequence = read_sequence(call, segment.sequence, 0);
+  } else {
+    const SequenceRows all = sequence_rows(call, segment.sequence);
+    rows->sequence.begin = int32_t(all.begin);
+    rows->sequence.q_len = int32_t(all.end - all.begin);
+  }
+  rows->first_token = segment.token_block * call.block_tokens;
+  rows->first_head = segment.head_part * call.block_heads;
   rows->head_in_pack = int32_t(blockIdx.y);
-  rows->kv_head = group.head_pack * call.pack_heads + rows->head_in_pack;
+  rows->kv_head = segment.head_pack * call.pack_heads + rows->head_in_pack;
   return true;
 }
 
@@ -71,94 +85,137 @@ __device__ int segment_rows(const AttentionCall &call) {
   return call.block_tokens * call.block_heads;
 }
 
-// Merges the partial results of row r; their outputs are summed up in `out`. By a warp.
-__device__ State merge_partials(const AttentionCall &call, const BlockRows &rows, int r, int lane, float *out) {
-  const int n = call.head_dim_v, index = rows.head_in_pack * segment_rows(call) + r;
-  const int64_t outputs_at = partial_outputs(call.pack_heads, segment_rows(call));
-  const int64_t units = call.segment_units[call.sequence_segments[call.num_seqs]];
-  // Either one segment that blocks one after the other have parts of, or segments of one block each.
-  const int64_t segment = rows.first_segment;
-  int64_t first_slot = 0, count = call.splits;
-  if (call.split_tiles == 0) {
-    const int64_t first = call.segment_units[segment], end = call.segment_units[segment + 1];
-    count = 0;
-    if (first < end) {
-      first_slot = block_of_unit(call, first, units) + segment;
-      count = block_of_unit(call, end - 1, units) + segment + 1 - first_slot;
+// ---- partial results
+
+// Of one chunk.
+struct Factors {
+  float of[kMaxRows][kChunk];  // what outputs are multiplied with; 0: they may be anything
+  int32_t slot[kChunk];
+  float correction[kMaxRows];  // of sums of earlier chunks
+};
+
+// Partial results of the rows of a block.
+struct Partials {
+  const int32_t *places;  // of each, an AttentionItem apart, two numbers that are equal where it has no tiles
+  int32_t first_slot;     // the others follow; -1: the first of the two numbers is the slot
+  int32_t count;
+
+  __device__ Partials(const AttentionCall &call, const BlockRows &rows) {
+    if (call.split_tiles == 0) {  // parts of one segment, in slots that follow each other
+      first_slot = rows.segment.first_slot;
+      count = rows.segment.end_slot - first_slot;
+      places = &call.items[first_slot].first_tile;
+    } else {  // segments in a slot each
+      first_slot = -1;
+      count = call.splits;
+      places = &call.segments[rows.first_segment].first_slot;
     }
   }
-  for (int c = lane; c < n; c += 32) out[c] = 0;
-  __syncwarp();
+};
 
-  State all{minus_infinity(), 0};
-  for (int64_t base = 0; base < count; base += 32) {
-    const int64_t i = base + lane;
-    int64_t slot = -1;
-    if (i < count) {
-      bool empty = false;
-      if (call.split_tiles == 0) {
-        slot = first_slot + i;
-        empty = !has_units(call, slot - segment, units);
-      } else {
-        const int64_t first = call.segment_units[segment + i];
-        empty = first == call.segment_units[segment + i + 1];
-        if (!empty) slot = block_of_unit(call, first, units) + segment + i;
-      }
-      if (empty) slot = -1;
-    }
-    State state{minus_infinity(), 0};
-    const uint8_t *partial = call.partials + slot * call.slot_bytes;
-    if (slot >= 0) {
-      const float2 loaded = reinterpret_cast<const float2 *>(partial)[index];
-      state = {loaded.x, loaded.y};
-    }
-    const float max = fmaxf(all.max, warp_max(state.max)), correction = factor_of(all, max);
-    const float factor = factor_of(state, max);
-    all = {max, (has_keys(all) ? all.sum * correction : 0.0f) + warp_sum(has_keys(state) ? state.sum * factor : 0.0f)};
-    if (!__any_sync(kAll, factor != 0)) continue;
+// By a warp, which takes row `row` of the segment into the state and leaves factors for the chunk from `base` on.
+__device__ State take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials, int base,
+                             int row, int in_block, State all, Factors &factors) {
+  constexpr int kPerLane = kChunk / 32;
+  const int lane = int(threadIdx.x) % 32, index = rows.head_in_pack * segment_rows(call) + row;
+  int2 places[kPerLane];
+  float2 loaded[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    places[i] = make_int2(0, 0);
+    loaded[i] = make_float2(0, 0);
+    if (base + 32 * i >= partials.count) continue;  // by the whole warp: code that is not run is not fetched
+    const int j = base + 32 * i + lane;
+    if (j >= partials.count) continue;
+    places[i] = *reinterpret_cast<const int2 *>(partials.places + int64_t{j} * (sizeof(AttentionItem) / 4));
+    const int32_t slot = partials.first_slot < 0 ? places[i].x : partials.first_slot + j;
+    loaded[i] = reinterpret_cast<const float2 *>(call.partials + slot * call.slot_bytes)[index];
+    if (in_block == 0) factors.slot[32 * i + lane] = slot;
+  }
+  State states[kPerLane];
+  float max = all.max;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    states[i] = {minus_infinity(), 0};
+    if (places[i].x < places[i].y) states[i] = {loaded[i].x, loaded[i].y};
+    max = fmaxf(max, states[i].max);
+  }
+  max = warp_max(max);
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (base + 32 * i >= partials.count) continue;
+    const float factor = factor_of(states[i], max);
+    factors.of[in_block][32 * i + lane] = factor;
+    if (has_keys(states[i])) sum += states[i].sum * factor;
+  }
+  sum = warp_sum(sum);
+  const float correction = factor_of(all, max);
+  if (lane == 0) factors.correction[in_block] = correction;
+  if (has_keys(all)) sum += all.sum * correction;
+  return {max, sum};
+}
 
-    const int64_t outputs = slot * call.slot_bytes + outputs_at + int64_t{index} * n * int64_t{sizeof(float)};
-    constexpr int kBatch = 8, kWide = 64;
-    for (int slab = 0; slab < n; slab += 2 * kWide) {
-      const int c[2] = {slab + 2 * lane, slab + kWide + 2 * lane};
-      float2 sum[2];
+// How a block divides its work.
+struct FinishWork {
+  uint32_t queries, weights, values, raw, sums, bytes;  // parts of shared memory, in bytes from its start
+  int32_t rows;                                         // that a block takes
+  int32_t columns;                                      // of 4 channels, of all these rows
+  uint32_t row_of_column;                               // (column * row_of_column) >> 20
+  int32_t per_lane;                                     // channels_per_lane() of V
+};
+
+// Adds the warp's partial results of a chunk to its sums, kMany at a time of kWide columns a lane.
+template <int kMany, int kWide>
+__device__ __forceinline__ void add_outputs(const AttentionCall &call, const FinishWork &work, const uint8_t *outputs,
+                                            const Factors &factors, int count, bool begins, float4 *sums) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+#pragma unroll 1
+  for (int first = lane; first - lane < work.columns; first += 32 * kWide) {
+    float4 sum[kWide];
+    int row[kWide];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        sum[k] = c[k] < n ? make_float2(out[c[k]] * correction, out[c[k] + 1] * correction) : make_float2(0, 0);
-      }
-      for (int first = 0; first < 32 && base + first < count; first += kBatch) {
-        float2 loaded[kBatch][2];
-        float factors[kBatch];
+    for (int k = 0; k < kWide; ++k) {
+      const int column = first + 32 * k;
+      row[k] = column < work.columns ? int((uint32_t(column) * work.row_of_column) >> 20) : -1;
+      sum[k] = make_float4(0, 0, 0, 0);
+      if (begins || row[k] < 0) continue;
+      const float correction = factors.correction[row[k]];
+      const float4 old = sums[column];
+      sum[k] = make_float4(old.x * correction, old.y * correction, old.z * correction, old.w * correction);
+    }
+#pragma unroll 1
+    for (int j = warp; j < count; j += kFinishWarps * kMany) {
+      float4 loaded[kMany][kWide];
+      float factor[kMany][kWide];
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          factors[b] = __shfl_sync(kAll, factor, first + b);
-          const int64_t at = __shfl_sync(kAll, outputs, first + b);
-          const auto *from = reinterpret_cast<const float *>(call.partials + at);
+      for (int i = 0; i < kMany; ++i) {
+        const int at = j + kFinishWarps * i;
+        const uint8_t *from = outputs;
+        if (at < count) from += factors.slot[at] * call.slot_bytes;
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            loaded[b][k] = make_float2(0, 0);
-            if (factors[b] != 0 && c[k] < n) loaded[b][k] = *reinterpret_cast<const float2 *>(from + c[k]);
-          }
+        for (int k = 0; k < kWide; ++k) {
+          factor[i][k] = at < count && row[k] >= 0 ? factors.of[row[k]][at] : 0.0f;
+          loaded[i][k] = make_float4(0, 0, 0, 0);
+          if (factor[i][k] != 0) loaded[i][k] = reinterpret_cast<const float4 *>(from)[first + 32 * k];
         }
+      }
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
+      for (int i = 0; i < kMany; ++i) {
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            sum[k].x = __fmaf_rn(factors[b], loaded[b][k].x, sum[k].x);
-            sum[k].y = __fmaf_rn(factors[b], loaded[b][k].y, sum[k].y);
-          }
+        for (int k = 0; k < kWide; ++k) {
+          sum[k].x = __fmaf_rn(factor[i][k], loaded[i][k].x, sum[k].x);
+          sum[k].y = __fmaf_rn(factor[i][k], loaded[i][k].y, sum[k].y);
+          sum[k].z = __fmaf_rn(factor[i][k], loaded[i][k].z, sum[k].z);
+          sum[k].w = __fmaf_rn(factor[i][k], loaded[i][k].w, sum[k].w);
         }
       }
+    }
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if (c[k] >= n) continue;
-        out[c[k]] = sum[k].x;
-        out[c[k] + 1] = sum[k].y;
-      }
+    for (int k = 0; k < kWide; ++k) {
+      if (row[k] >= 0) sums[first + 32 * k] = sum[k];
     }
   }
-  __syncwarp();
-  return all;
 }
 
 // ---- keys that are read raw
@@ -468,7 +525,8 @@ class RawPart {
 // ---- the kernel
 
 __device__ void count_sequence_faults(const AttentionCall &call) {
-  if (blockIdx.y != 0) return;
+  if (call.faults == nullptr || blockIdx.y != 0 || blockIdx.z != 0) return;
+#pragma unroll 1
   for (int64_t s = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; s < call.num_seqs;
        s += int64_t{gridDim.x} * blockDim.x) {
     if (call.sequence_states[s] != kGood) {
@@ -484,34 +542,91 @@ struct Output {
   float *merged, *raw;
 };
 
-__device__ void write_row(const AttentionCall &call, const SideParams &v, const Output &output, const BlockRows &rows,
-                          int r, int lane, bool good, State coded, State raw, float *out, const float *raw_out,
-                          float *scratch) {
-  const int n = call.head_dim_v, head = rows.kv_head * call.group + rows.head_in_group(call, r);
-  const int64_t row = rows.row(call, r);
-  const int64_t at = (rows.sequence.begin + rows.token(call, r)) * call.out.token_stride + head * call.out.head_stride;
-  const bool any = good && (has_keys(coded) || has_keys(raw));
-  float lse = minus_infinity(), coded_gain = 0, raw_gain = 0;
-  if (any) {
+// What both parts of a row are multiplied with.
+struct Gains {
+  float coded = 0, raw = 0;
+};
+
+// Stores the row's lse, too; by a warp.
+__device__ Gains finish_softmax(const AttentionCall &call, int64_t row, int head, int lane, State coded, State raw) {
+  Gains gains;
+  float lse = minus_infinity();
+  if (has_keys(coded) || has_keys(raw)) {
     float max = fmaxf(coded.max, raw.max), sink = minus_infinity();
     if (call.sinks != nullptr) sink = call.sinks[head] * kLog2E;
     max = fmaxf(max, sink);
-    const float coded_factor = factor_of(coded, max), raw_factor = factor_of(raw, max);
-    double sum = call.sinks != nullptr ? double(exp2f(sink - max)) : 0;
-    if (has_keys(coded)) sum += double(coded_factor) * double(coded.sum);
-    if (has_keys(raw)) sum += double(raw_factor) * double(raw.sum);
-    const float inverse = float(1 / sum);
-    coded_gain = coded_factor * inverse;
-    raw_gain = raw_factor * inverse;
-    lse = float((double(max) + log2(sum)) * kLn2);
-    if (output.merged == nullptr) {
-      coded_gain *= v.decode_gain;
-      rotate_back(v, lane, out, scratch);
-    }
+    gains.coded = factor_of(coded, max);
+    gains.raw = factor_of(raw, max);
+    float sum = call.sinks != nullptr ? exp2_approx(sink - max) : 0.0f;
+    if (has_keys(coded)) sum += gains.coded * coded.sum;
+    if (has_keys(raw)) sum += gains.raw * raw.sum;
+    const float inverse = 1.0f / sum;
+    gains.coded *= inverse;
+    gains.raw *= inverse;
+    lse = __fmaf_rn(max, kLn2, log2f(sum) * kLn2);
   }
+  if (call.lse != nullptr && lane == 0) call.lse[row] = lse;
+  return gains;
+}
+
+// What is left of a row of 32 * kPerLane channels, of which `parts` warps have sums `stride` floats apart. `raw_out`
+// may be null.
+template <int kPerLane>
+__device__ __forceinline__ void write_row(const AttentionCall &call, const SideParams &v, const Output &output,
+                                          int64_t row, int64_t at, int lane, Gains gains, const float *sums, int parts,
+                                          int stride, const float *raw_out) {
+  using Own = Neighbours<float, kPerLane>;
+  const int first = kPerLane * lane;
+  float x[kPerLane] = {}, raw[kPerLane] = {};
+#pragma unroll
+  for (int part = 0; part < kFinishWarps; ++part) {
+    if (part >= parts) break;
+    const Own own = *reinterpret_cast<const Own *>(sums + part * stride + first);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] += own.of[i];
+  }
+  if (output.merged == nullptr) {
+    gains.coded *= v.decode_gain;
+    rotate_back(v, lane, x);
+  }
+  if (raw_out != nullptr) {
+    const Own own = *reinterpret_cast<const Own *>(raw_out + first);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) raw[i] = own.of[i] * gains.raw;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) x[i] *= gains.coded;
+  if (output.merged == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] += raw[i];
+    store_neighbours(call.out.data, call.out.type, call.out.aligned != 0, at + first, x);
+  } else {
+    store_neighbours(output.merged, TQ_TYPE_F32, true, row * (32 * kPerLane) + first, x);
+    store_neighbours(output.raw, TQ_TYPE_F32, true, row * (32 * kPerLane) + first, raw);
+  }
+}
+
+// Of any head_dim; sums of the first two warps are overwritten.
+__device__ void write_any_row(const AttentionCall &call, const SideParams &v, const Output &output, int64_t row,
+                              int64_t at, int lane, Gains gains, float *sums, int parts, int stride,
+                              const float *raw_out) {
+  const int n = call.head_dim_v;
+#pragma unroll 1
   for (int c = lane; c < n; c += 32) {
-    const float coded_value = any ? out[c] * coded_gain : 0.0f;
-    const float raw_value = any && raw_out != nullptr ? raw_out[c] * raw_gain : 0.0f;
+    float sum = 0;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) sum += sums[part * stride + c];
+    sums[c] = sum;
+  }
+  __syncwarp();
+  if (output.merged == nullptr) {
+    gains.coded *= v.decode_gain;
+    rotate_back(v, lane, sums, sums + stride);
+  }
+#pragma unroll 1
+  for (int c = lane; c < n; c += 32) {
+    const float coded_value = sums[c] * gains.coded;
+    const float raw_value = raw_out != nullptr ? raw_out[c] * gains.raw : 0.0f;
     if (output.merged == nullptr) {
       store_element(call.out.data, call.out.type, at + c, coded_value + raw_value);
     } else {
@@ -519,57 +634,30 @@ __device__ void write_row(const AttentionCall &call, const SideParams &v, const 
       output.raw[row * n + c] = raw_value;
     }
   }
-  if (call.lse != nullptr && lane == 0) call.lse[row] = lse;
-  __syncwarp();
 }
 
-size_t align16(size_t bytes) {
-  return (bytes + 15) / 16 * 16;
-}
-
-// The parts of the block's shared memory, in bytes from its start.
-struct FinishLayout {
-  uint32_t queries, weights, values, raw, out, bytes;
-};
-
-FinishLayout layout_of(int head_dim_k, int head_dim_v, int raw_rows, int warps) {
-  size_t at = 0;
-  const auto take = [&](size_t bytes) { return uint32_t(std::exchange(at, at + align16(bytes))); };
-  FinishLayout layout{};
-  if (raw_rows > 0) {
-    layout.queries = take(sizeof(float) * size_t(raw_rows * head_dim_k));
-    layout.weights = take(sizeof(float) * size_t(raw_rows * kRawThreads));
-    layout.values = take(sizeof(void *) * kRawThreads);
-    layout.raw = take(sizeof(float) * size_t(raw_rows * head_dim_v));
-  }
-  layout.out = take(sizeof(float) * size_t(2 * warps * head_dim_v));
-  layout.bytes = uint32_t(at);
-  return layout;
-}
-
-// kRawRows: at least the rows of a segment, or 0 where  is read raw.
+// kRawRows: at least the rows of a segment, or 0 where nothing is read raw.
 template <int kRawRows>
-__global__ void __launch_bounds__(kRawThreads, 2)
-    attention_finish_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams v,
-                            const Output output, const FinishLayout layout) {
-  grid_dependency_wait();
-  count_sequence_faults(call);
+__device__ __forceinline__ void finish_rows(const AttentionCall &call, const SideParams &v, const Output &output,
+                                            const FinishWork &work) {
+  __shared__ Factors factors;
   BlockRows rows;
-  if (!find_rows(call, &rows)) return;
+  if (!find_rows<(kRawRows > 0)>(call, &rows)) return;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_v;
-  const bool good = rows.state == kGood && call.sequence_faults[rows.sequence_index] == 0;
+  const int32_t s = rows.segment.sequence;
+  const bool good = call.sequence_states[s] == kGood && call.sequence_faults[s] == 0;
   auto *memory = static_cast<uint8_t *>(dynamic_shared());
-  float *raw_outputs = nullptr;
+  [[maybe_unused]] float *raw_outputs = nullptr;
   [[maybe_unused]] const State *raw_states = nullptr;
   if constexpr (kRawRows > 0) {
     __shared__ KeyRange keys[kRawRows];
     __shared__ int32_t positions[kRawRows];
     __shared__ State states[kRawRows];
     __shared__ float corrections[kRawRows];
-    const RawShared<kRawRows> shared{reinterpret_cast<PerRow<kRawRows> *>(memory + layout.queries),
-                                     reinterpret_cast<PerRow<kRawRows> *>(memory + layout.weights),
-                                     reinterpret_cast<const void **>(memory + layout.values),
-                                     reinterpret_cast<float *>(memory + layout.raw)};
+    const RawShared<kRawRows> shared{reinterpret_cast<PerRow<kRawRows> *>(memory + work.queries),
+                                     reinterpret_cast<PerRow<kRawRows> *>(memory + work.weights),
+                                     reinterpret_cast<const void **>(memory + work.values),
+                                     reinterpret_cast<float *>(memory + work.raw)};
     if (good) {
       RawPart<kRawRows>(call, rows, shared, keys, positions, states, corrections).run();
       __syncthreads();
@@ -577,24 +665,66 @@ __global__ void __launch_bounds__(kRawThreads, 2)
     raw_outputs = shared.outputs;
     raw_states = states;
   }
-  float *out = reinterpret_cast<float *>(memory + layout.out) + 2 * warp * n;
-  for (int r = warp; r < segment_rows(call); r += int(blockDim.x) / 32) {
-    if (!rows.has(call, r)) continue;
-    State coded{minus_infinity(), 0}, raw{minus_infinity(), 0};
-    if (good) {
-      coded = merge_partials(call, rows, r, lane, out);
-      if constexpr (kRawRows > 0) raw = raw_states[r];
+
+  const int first_row = int(blockIdx.z) * work.rows, row = first_row + warp;
+  const Partials partials(call, rows);
+  const int count = partials.count;  // `good` is looked at last: it takes a while to load
+  float *sums = reinterpret_cast<float *>(memory + work.sums);
+  const uint8_t *outputs = call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
+                           int64_t{rows.head_in_pack * segment_rows(call) + first_row} * n * int64_t{sizeof(float)};
+  constexpr State kNone{-INFINITY, 0};
+  State coded = kNone, raw = kNone;
+#pragma unroll 1
+  for (int base = 0; base < count; base += kChunk) {
+    if (base > 0) __syncthreads();
+    if (warp < work.rows) coded = take_states(call, rows, partials, base, row, warp, coded, factors);
+    __syncthreads();
+    float4 *own = reinterpret_cast<float4 *>(sums) + warp * work.columns;
+    const int chunk = min(count - base, kChunk);
+    if (work.columns <= 32) {  // one row, mostly: then a chunk is read in two goes
+      add_outputs<kChunk / (2 * kFinishWarps), 1>(call, work, outputs, factors, chunk, base == 0, own);
+    } else {
+      add_outputs<4, 4>(call, work, outputs, factors, chunk, base == 0, own);
     }
-    write_row(call, v, output, rows, r, lane, good, coded, raw, out,
-              raw_outputs == nullptr ? nullptr : raw_outputs + r * n, out + n);
   }
+  __syncthreads();
+  if (warp >= work.rows || !rows.has(call, row)) return;
+  const float *raw_out = nullptr;
+  if constexpr (kRawRows > 0) {
+    if (good) raw = raw_states[row], raw_out = raw_outputs + row * n;
+  }
+  const int head = rows.kv_head * call.group + rows.head_in_group(call, row);
+  const int64_t token = rows.sequence.begin + rows.token(call, row), index = token * call.q_heads + head;
+  const int64_t at = token * call.out.token_stride + head * call.out.head_stride;
+  if (!good) coded = kNone;
+  const Gains gains = finish_softmax(call, index, head, lane, coded, raw);
+  const int parts = good ? min(count, kFinishWarps) : 0, stride = 4 * work.columns;
+  sums += warp * n;
+  if (work.per_lane == 4) {
+    write_row<4>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+  } else if (work.per_lane == 2) {
+    write_row<2>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+  } else if (work.per_lane == 8) {
+    write_row<8>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+  } else {
+    write_any_row(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+  }
+}
+
+template <int kRawRows>
+__global__ void __launch_bounds__(kRawThreads, 2)
+    attention_finish_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams v,
+                            const __grid_constant__ Output output, const __grid_constant__ FinishWork work) {
+  grid_dependency_wait();
+  finish_rows<kRawRows>(call, v, output, work);
+  count_sequence_faults(call);
 }
 
 __global__ void __launch_bounds__(32 * kMaxRows)
     attention_write_kernel(const __grid_constant__ AttentionCall call, float gain, const float *rotated_back,
                            const float *raw) {
   BlockRows rows;
-  if (!find_rows(call, &rows)) return;
+  if (!find_rows<false>(call, &rows)) return;
   const int lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   for (int r = int(threadIdx.x) / 32; r < segment_rows(call); r += int(blockDim.x) / 32) {
     if (!rows.has(call, r)) continue;
@@ -613,17 +743,45 @@ dim3 grid_of(const AttentionCall &call) {
   return dim3(unsigned(groups > 1 ? groups : 1), unsigned(call.pack_heads));
 }
 
+size_t align16(size_t bytes) {
+  return (bytes + 15) / 16 * 16;
+}
+
+// `rows`: of a block.
+FinishWork divide_work(int head_dim_k, int head_dim_v, int raw_rows, int rows) {
+  size_t at = 0;
+  const auto take = [&](size_t bytes) { return uint32_t(std::exchange(at, at + align16(bytes))); };
+  FinishWork work{};
+  if (raw_rows > 0) {
+    work.queries = take(sizeof(float) * size_t(raw_rows * head_dim_k));
+    work.weights = take(sizeof(float) * size_t(raw_rows * kRawThreads));
+    work.values = take(sizeof(void *) * kRawThreads);
+    work.raw = take(sizeof(float) * size_t(raw_rows * head_dim_v));
+  }
+  work.sums = take(sizeof(float) * size_t(kFinishWarps * rows * head_dim_v));
+  work.bytes = uint32_t(at);
+  work.rows = rows;
+  work.columns = rows * head_dim_v / 4;
+  work.row_of_column = (1u << 20) / uint32_t(head_dim_v / 4) + 1;
+  return work;
+}
+
 template <int kRawRows>
 int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const Output &output, void *stream) {
-  const int rows = call.block_tokens * call.block_heads, threads = kRawRows > 0 ? kRawThreads : 32 * rows;
-  const FinishLayout layout = layout_of(call.head_dim_k, call.head_dim_v, kRawRows, threads / 32);
-  return launch_dependent(attention_finish_kernel<kRawRows>, grid_of(call), unsigned(threads), layout.bytes, stream,
-                          call, v, output, layout);
+  const int rows = call.block_tokens * call.block_heads;
+  dim3 grid = grid_of(call);
+  // A block a row where there are multiprocessors enough; what is read raw is shared by rows.
+  if (kRawRows == 0 && int64_t{grid.x} * grid.y * rows <= 2 * call.blocks) grid.z = unsigned(rows);
+  FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, kRawRows, rows / int(grid.z));
+  work.per_lane = channels_per_lane(v);
+  return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(kRawThreads), work.bytes, stream, call, v,
+                          output, work);
 }
 
 template <int kRawRows>
 int load_finish_kernel() {
-  const int most = int(layout_of(kMaxDim, kMaxDim, kRawRows, kRawThreads / 32).bytes);
+  constexpr int kMostDim = 256;  // of attention's kernels
+  const int most = int(divide_work(kMostDim, kMostDim, kRawRows, kMaxRows).bytes);
   return cudaFuncSetAttribute(attention_finish_kernel<kRawRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 

@@ -1,28 +1,218 @@
 // SPDX-License-Identifier: Apache-2.0
-// Before attention: the first block writes the schedule; queries become integer operands, a warp a row; ids of exact blocks
-// are checked, a warp a sequence.
+// Before attention: queries become integer operands, a warp a row; one block cuts the work into items; ids of exact
+// blocks are checked, a warp a sequence. This takes a few microseconds, most of them to fetch code and data for the
+// first time: short code is fast code.
+#include <algorithm>
+
 #include "kernels/device/launch.cuh"
 #include "kernels/device/rotation.cuh"
-#include "kernels/device/schedule.cuh"
+#include "kernels/device/sequence.cuh"
 #include "kernels/inst.hpp"
 
 namespace tqkv::cuda {
 namespace {
 
-constexpr int kPrepareWarps = 4;
+constexpr int kPrepareWarps = 8, kPrepareThreads = 32 * kPrepareWarps;
 constexpr int kMostQuery = 32639;  // 127 * 256 + 127: both bytes of it and of its negative are signed ones
 constexpr float kLog2E = 0x1.715476p+0f;
-constexpr int64_t kMostBlocks = 1 << 24;  // rows beyond these are reached by steps of the grid
+constexpr int64_t kMostBlocks = 1 << 20;  // rows beyond these are reached by steps of the grid
 
-struct PrepareScratch {
-  float x[kMaxDim], other[kMaxDim];
+// ---- the schedule
+
+constexpr int kCached = 512;
+
+// Of the block that makes it.
+struct Schedule {
+  int64_t sequence_segments[kCached + 1], segment_units[kCached + 1];  // the workspace's, where they are few
+  int64_t block_units[kMaxAttentionBlocks + 1];
+  int32_t first_slot[kMaxAttentionBlocks], last_slot[kMaxAttentionBlocks];  // of items with tiles
+  int64_t sums[2][kPrepareWarps];
+  int32_t bad_rows;  // of some sequence, or of one before it
 };
+
+// Tiles of a split of [first, end).
+__device__ TileRange split_of(const AttentionCall &call, TileRange range, uint32_t split) {
+  if (call.split_tiles == 0) return range;
+  const int64_t begin = int64_t{split} * call.split_tiles, end = begin + call.split_tiles;
+  const int first = int(max(int64_t{range.first}, begin)), last = int(min(int64_t{range.end}, end));
+  return first < last ? TileRange{first, last} : TileRange{0, 0};
+}
+
+// The sequence that has a segment.
+__device__ int32_t sequence_of(const AttentionCall &call, const int64_t *sequence_segments, int32_t segment) {
+  int32_t low = 0;
+#pragma unroll 1
+  for (int32_t count = call.num_seqs; count > 1;) {
+    const int32_t half = count / 2;
+    if (sequence_segments[low + half] <= segment) low += half;
+    count -= half;
+  }
+  return low;
+}
+
+// Which sequences have bad rows, one after the other, because that depends on those before.
+__device__ void judge_rows(const AttentionCall &call) {
+  int64_t rows_end = 0;
+#pragma unroll 1
+  for (int32_t s = 0; s < call.num_seqs; ++s) {
+    const SequenceRows rows = sequence_rows(call, s);
+    const bool bad = bad_rows(call, rows, rows_end);
+    if (!bad) rows_end = rows.end;
+    call.sequence_states[s] = bad ? kBadRows : kGood;
+  }
+}
+
+// Segments of each sequence, then units of each segment, and sums of what is before; gives the number of all units.
+__device__ int64_t number_units(const AttentionCall &call, Schedule &shared, int64_t *sequence_segments,
+                                int64_t *segment_units) {
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const uint32_t splits = uint32_t(call.splits), packs = uint32_t(call.head_packs);
+  const uint32_t copies = uint32_t(call.head_parts) * packs;
+  bool judged = false;
+  int buffer = 0;
+  int32_t count = call.num_seqs;
+  int64_t total;
+#pragma unroll 1
+  for (bool of_segments = false;;) {
+    total = 0;
+#pragma unroll 1
+    for (int32_t first = 0; first < count; first += kPrepareThreads) {
+      const int32_t i = first + thread;
+      int64_t own = 0;
+      if (i < count) {
+        const int32_t s = of_segments ? sequence_of(call, sequence_segments, i) : i;
+        const SequenceRows rows = sequence_rows(call, s);
+        // If none is bad by itself each begins where the one before it ends.
+        bool bad = bad_rows(call, rows, max(rows.begin, int64_t{0}));
+        if (judged && !of_segments) bad = call.sequence_states[s] == kBadRows;
+        Sequence sequence;
+        if (!bad) sequence = describe_sequence(call, s, rows);
+        if (!of_segments) {
+          if (bad) atomicMax(&shared.bad_rows, 1);
+          call.sequence_states[s] = sequence.state;
+          if (call.exact.base == nullptr) call.sequence_faults[s] = 0;
+          own = int64_t{token_blocks(call, sequence)} * int32_t(copies * splits);
+        } else {
+          const uint32_t local = uint32_t(i - int32_t(sequence_segments[s])), group = local / splits;
+          const uint32_t block = group / copies, copy = group % copies;
+          const TileRange range = split_of(call, tile_range(call, sequence, int32_t(block)), local % splits);
+          call.segments[i] = {
+              s, int32_t(block), int32_t(copy / packs), int32_t(copy % packs), range.first, range.end, 0, 0};
+          own = range.end - range.first;
+        }
+      }
+      int64_t to_own = own;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int64_t other = __shfl_up_sync(kAll, to_own, unsigned(step));
+        if (lane >= step) to_own += other;
+      }
+      int64_t *sums = shared.sums[buffer ^= 1];  // by turns, because some warps may still read those of before
+      if (lane == 31) sums[warp] = to_own;
+      __syncthreads();
+      int64_t before = total + to_own - own;
+#pragma unroll
+      for (int w = 0; w < kPrepareWarps; ++w) {
+        if (w < warp) before += sums[w];
+        total += sums[w];
+      }
+      if (i < count) {
+        (of_segments ? call.segment_units : call.sequence_segments)[i] = before;
+        (of_segments ? segment_units : sequence_segments)[i] = before;
+      }
+    }
+    if (thread == 0) {
+      (of_segments ? call.segment_units : call.sequence_segments)[count] = total;
+      (of_segments ? segment_units : sequence_segments)[count] = total;
+    }
+    __syncthreads();
+    if (of_segments) return total;
+    if (shared.bad_rows != 0 && !judged) {  // once more
+      if (thread == 0) judge_rows(call);
+      judged = true;
+      __syncthreads();
+      continue;
+    }
+    of_segments = true;
+    count = int32_t(total);
+  }
+}
+
+// By the block.
+__device__ void write_schedule(const AttentionCall &call, Schedule &shared) {
+  const int thread = int(threadIdx.x);
+  int64_t *sequence_segments = call.num_seqs <= kCached ? shared.sequence_segments : call.sequence_segments;
+  int64_t *segment_units = call.max_segments <= kCached ? shared.segment_units : call.segment_units;
+#pragma unroll 1
+  for (int b = thread; b < call.blocks; b += kPrepareThreads) {
+    shared.first_slot[b] = INT32_MAX;
+    shared.last_slot[b] = -1;
+  }
+  if (thread == 0) shared.bad_rows = 0;
+  __syncthreads();
+  const int64_t units = number_units(call, shared, sequence_segments, segment_units);
+  const bool small = units >> 32 == 0;
+  const int64_t quotient = small ? uint32_t(units) / uint32_t(call.blocks) : units / call.blocks;
+  const uint32_t rest = uint32_t(units - quotient * call.blocks);
+#pragma unroll 1
+  for (int b = thread; b <= call.blocks; b += kPrepareThreads) {  // b * units / blocks
+    shared.block_units[b] = b * quotient + uint32_t(b) * rest / uint32_t(call.blocks);
+  }
+  __syncthreads();
+  const int32_t segments = int32_t(sequence_segments[call.num_seqs]);
+#pragma unroll 1
+  for (int32_t slot = thread; slot < segments + call.blocks; slot += kPrepareThreads) {
+    // Of the first block b that ends after segment slot - b begins: no other has tiles in this slot.
+    int32_t b = max(0, slot - (segments - 1));
+#pragma unroll 1
+    for (int32_t end = min(slot, call.blocks - 1) + 1; b < end;) {
+      const int32_t middle = (b + end) / 2;
+      if (segment_units[slot - middle] < shared.block_units[middle + 1]) {
+        end = middle;
+      } else {
+        b = middle + 1;
+      }
+    }
+    if (b > min(slot, call.blocks - 1)) continue;
+    const int32_t segment = slot - b;
+    const int64_t begin = segment_units[segment], end = segment_units[segment + 1];
+    int64_t low = begin, high = end;
+    if (call.split_tiles == 0) {
+      low = max(low, shared.block_units[b]);
+      high = min(high, shared.block_units[b + 1]);
+    } else if (begin < shared.block_units[b]) {
+      continue;
+    }
+    AttentionItem *from = call.segments + segment, item{};
+    item.sequence = from->sequence;
+    item.token_block = from->token_block;
+    item.head_part = from->head_part;
+    item.head_pack = from->head_pack;
+    item.first_tile = from->first_tile + int32_t(low - begin);
+    item.end_tile = item.first_tile + max(int32_t(high - low), 0);
+    call.items[slot] = item;
+    if (low >= high) continue;
+    atomicMin(&shared.first_slot[b], slot);
+    atomicMax(&shared.last_slot[b], slot);
+    if (low == begin) from->first_slot = slot;
+    if (high == end) from->end_slot = slot + 1;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int b = thread; b < call.blocks; b += kPrepareThreads) {
+    const int32_t first = shared.first_slot[b], last = shared.last_slot[b];
+    call.block_items[b] = last < 0 ? BlockItems{0, 0} : BlockItems{first, last + 1 - first};
+  }
+}
+
+// ---- ids of exact blocks
 
 // Whether a token of the sequence sees a key that is read from this column of the exact table.
 __device__ bool sees_exact(const AttentionCall &call, const Sequence &sequence, int64_t column) {
   const int64_t size = call.exact.block_size, column_low = column * size, column_high = column_low + size;
   const int64_t first_end = sequence.start + call.exact_first;
   const int64_t recent_begin = sequence.first_position - call.exact_recent + 1;
+#pragma unroll 1
   for (int32_t i = 0; i < sequence.q_len; ++i) {
     const KeyRange keys = visible_keys(call, sequence, position(call, sequence, i));
     const int64_t low = max(int64_t{keys.low}, column_low);
@@ -41,6 +231,7 @@ __device__ bool has_bad_exact(const AttentionCall &call, const Sequence &sequenc
   const int64_t recent_column = max(first_columns, recent_begin > 0 ? recent_begin / size : 0);
   bool bad = false;
   const auto check = [&](int64_t low, int64_t high) {
+#pragma unroll 1
     for (int64_t column = low + lane; column < high && !bad; column += 32) {
       bad = sequence.exact_table[column] >= call.exact.num_blocks && sees_exact(call, sequence, column);
     }
@@ -50,111 +241,236 @@ __device__ bool has_bad_exact(const AttentionCall &call, const Sequence &sequenc
   return __any_sync(kAll, bad);
 }
 
+// Only with an exact pool.
 __device__ void check_sequence(const AttentionCall &call, int64_t s, int lane) {
+  // Whether its rows lie before those of another does not matter here: then it has another fault.
+  const Sequence sequence = read_sequence(call, s, 0);
   bool bad = false;
-  if (call.exact.base != nullptr) {
-    // Whether its rows lie before those of another does not matter here: then it has another fault.
-    const Sequence sequence = read_sequence(call, s, 0);
-    if (sequence.state == kGood && sequence.exact_table != nullptr) bad = has_bad_exact(call, sequence, lane);
-  }
+  if (sequence.state == kGood && sequence.exact_table != nullptr) bad = has_bad_exact(call, sequence, lane);
   if (lane == 0) call.sequence_faults[s] = bad;
 }
 
-// Splits Q, of which s.other has one a channel, into bytes.
-__device__ void write_operand(const AttentionCall &call, const QueryOrder &order, int64_t row, int lane,
-                              const int32_t *integers) {
-  uint2 *words = reinterpret_cast<uint2 *>(call.query_operands + row * 2 * call.operand_bytes);
-  for (int word = lane; word < call.operand_bytes / 4; word += 32) {
-    uint32_t high = 0, low = 0;
-    for (int i = 0; i < 4; ++i) {
-      const int channel = order.channel[4 * word + i];
-      const int q = channel >= 0 ? integers[channel] : 0;
-      const int q_low = int8_t(q);
-      low |= uint32_t(uint8_t(q_low)) << (8 * i);
-      high |= uint32_t(uint8_t((q - q_low) / 256)) << (8 * i);
-    }
-    words[word] = make_uint2(high, low);
-  }
+// ---- queries
+
+// What a warp needs: of any head_dim, or integers of one that rotates in registers.
+struct RowScratch {
+  float x[kMaxDim], other[kMaxDim];
+};
+constexpr int kMostInRegisters = 256;
+using RowIntegers = uint16_t[kMostInRegisters];
+
+// Multiplied with the unit of a query's integers: of 2 byte + 1, or of byte / 32 - 3.
+double query_gain(const AttentionCall &call, const SideParams &k) {
+  const double gain = double(call.scale) * double(kLog2E) * double(k.decode_gain);
+  return call.k_uniform ? gain / 32 : gain * 2;
 }
 
-__device__ void prepare_row(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
-                            const float *rotated, int64_t row, int lane, PrepareScratch &s) {
+// A row's integers: Q = y / unit, rounded.
+struct Quantizer {
+  float unit;  // 0 where all are 0
+  float up, inverse;
+  bool finite;
+
+  // `largest`: the bits of the largest |y|.
+  __device__ explicit Quantizer(uint32_t largest) {
+    largest = __reduce_max_sync(kAll, largest);
+    finite = largest < 0x7f800000;
+    unit = finite ? __uint_as_float(largest) * (1.0f / float(kMostQuery)) : 0.0f;
+    up = unit < 0x1p-100f ? 0x1p64f : 1.0f;  // the inverse of what is subnormal may be no number
+    inverse = unit == 0 ? 0.0f : reciprocal_approx(unit * up);
+  }
+  __device__ int32_t operator()(float y) const {
+    return min(max(__float2int_rn(y * up * inverse), -kMostQuery), kMostQuery);  // of a NaN 0
+  }
+};
+
+// Both bytes of an integer, which are signed: the lower one as it is, the upper one of what is left.
+__device__ uint32_t bytes_of(int32_t q) {
+  return uint32_t((q + 128) & 0xff00) | uint32_t(q & 0xff);
+}
+
+// Writes a word of high bytes and one of low bytes.
+__device__ void write_words(uint8_t *operand, int word, const uint32_t (&bytes)[4]) {
+  const uint32_t first = bytes[0] | bytes[1] << 16, second = bytes[2] | bytes[3] << 16;
+  reinterpret_cast<uint2 *>(operand)[word] =
+      make_uint2(__byte_perm(first, second, 0x7531), __byte_perm(first, second, 0x6420));
+}
+
+__device__ void write_query_row(const AttentionCall &call, int32_t row, int lane, double gain,
+                                const Quantizer &quantizer, int32_t sum, float offset) {
+  sum = __reduce_add_sync(kAll, sum);
+  if (lane != 0) return;
+  const int32_t bias = call.k_uniform ? -96 * sum : sum / 2, bias_low = int8_t(bias);
+  const float row_gain = quantizer.finite ? float(gain * double(quantizer.unit)) : __int_as_float(0x7fc00000);
+  static_assert(sizeof(QueryRow) == sizeof(int4));
+  reinterpret_cast<int4 *>(call.query_rows)[row] = make_int4(
+      __float_as_int(row_gain), __float_as_int(offset * (call.scale * kLog2E)), (bias - bias_low) / 256, bias_low);
+}
+
+// Where a row of queries is.
+struct QueryPlace {
+  int64_t at;               // in q
+  const float *key_offset;  // null: none
+  uint8_t *operand;
+
+  __device__ QueryPlace(const AttentionCall &call, int32_t row) {
+    const uint32_t token = uint32_t(row) / uint32_t(call.q_heads), head = uint32_t(row) % uint32_t(call.q_heads);
+    operand = call.query_operands + row * (2 * int64_t{call.operand_bytes});
+    at = token * call.q.token_stride + head * call.q.head_stride;
+    key_offset = call.key_offset;
+    if (key_offset != nullptr) key_offset += int64_t{head / uint32_t(call.group)} * call.head_dim_k;
+  }
+};
+
+// A row of 32 * kPerLane channels.
+template <int kPerLane>
+__device__ __forceinline__ void prepare_row(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
+                                            const float *rotated, double gain, int32_t row, int lane,
+                                            RowIntegers &integers) {
+  const QueryPlace place(call, row);
+  const int first = kPerLane * lane;
+  constexpr int kWords = 8 * kPerLane;
+  using Channels = Neighbours<int16_t, 4>;  // of a word
+  Channels channels[(kWords + 31) / 32];
+#pragma unroll
+  for (int i = 0; i < (kWords + 31) / 32; ++i) {  // before there is something to wait for
+    const int word = min(lane + 32 * i, kWords - 1);
+    channels[i] = *reinterpret_cast<const Channels *>(order.channel + 4 * word);
+  }
+  float x[kPerLane], offset = 0;
+  if (rotated == nullptr || place.key_offset != nullptr) {
+    load_neighbours(call.q.data, call.q.type, call.q.aligned != 0, place.at + first, x);
+  }
+  if (place.key_offset != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) offset = __fmaf_rn(x[i], place.key_offset[first + i], offset);
+    offset = warp_sum(offset);
+  }
+  if (rotated != nullptr) {
+    load_neighbours(rotated, TQ_TYPE_F32, true, int64_t{row} * (32 * kPerLane) + first, x);
+  } else {
+    rotate(k, lane, x);
+  }
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffff);
+  const Quantizer quantizer(largest);
+  int32_t sum = 0;
+  Neighbours<uint16_t, kPerLane> bytes;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int32_t q = quantizer(x[i]);
+    sum += q;
+    bytes.of[i] = uint16_t(bytes_of(q));
+  }
+  *reinterpret_cast<Neighbours<uint16_t, kPerLane> *>(integers + first) = bytes;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < (kWords + 31) / 32; ++i) {
+    if (lane + 32 * i >= kWords) break;
+    uint32_t operand[4];
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte) {
+      const int channel = channels[i].of[byte];
+      operand[byte] = channel < 0 ? 0 : integers[channel];
+    }
+    write_words(place.operand, lane + 32 * i, operand);
+  }
+  write_query_row(call, row, lane, gain, quantizer, sum, offset);
+  __syncwarp();
+}
+
+// A row of any head_dim.
+__device__ void prepare_any_row(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
+                                const float *rotated, double gain, int32_t row, int lane, RowScratch &s) {
+  const QueryPlace place(call, row);
   const int n = k.head_dim;
-  const int64_t token = row / call.q_heads;
-  const int head = int(row % call.q_heads);
-  const int64_t at = token * call.q.token_stride + head * call.q.head_stride;
-  const float *key_offset = call.key_offset == nullptr ? nullptr : call.key_offset + int64_t{head / call.group} * n;
-  double offset = 0;
+  float offset = 0;
+#pragma unroll 1
   for (int c = lane; c < n; c += 32) {
     float q = 0;
-    if (rotated == nullptr || key_offset != nullptr) q = load_element(call.q.data, call.q.type, at + c);
-    if (key_offset != nullptr) offset += double(q) * double(key_offset[c]);
-    s.x[c] = rotated != nullptr ? rotated[row * n + c] : q;
+    if (rotated == nullptr || place.key_offset != nullptr) q = load_element(call.q.data, call.q.type, place.at + c);
+    if (place.key_offset != nullptr) offset = __fmaf_rn(q, place.key_offset[c], offset);
+    s.x[c] = rotated != nullptr ? rotated[int64_t{row} * n + c] : q;
   }
   __syncwarp();
   if (rotated == nullptr) rotate(k, lane, s.x, s.other);
-  if (key_offset != nullptr) offset = warp_sum(offset);
-
-  float largest = 0;
-  bool finite = true;
-  for (int c = lane; c < n; c += 32) {
-    finite = finite && isfinite(s.x[c]);
-    largest = fmaxf(largest, fabsf(s.x[c]));
-  }
-  finite = __all_sync(kAll, finite);
-  largest = warp_max(largest);
-  const float unit = finite ? largest / float(kMostQuery) : 0.0f;  // 0, too, where the largest is next to nothing
-  auto *integers = reinterpret_cast<int32_t *>(s.other);
+  if (place.key_offset != nullptr) offset = warp_sum(offset);
+  uint32_t largest = 0;
+#pragma unroll 1
+  for (int c = lane; c < n; c += 32) largest = max(largest, __float_as_uint(s.x[c]) & 0x7fffffff);
+  const Quantizer quantizer(largest);
+  auto *bytes = reinterpret_cast<uint32_t *>(s.other);
   int32_t sum = 0;
+#pragma unroll 1
   for (int c = lane; c < n; c += 32) {
-    constexpr float kMost = kMostQuery;
-    const int32_t q = unit == 0 ? 0 : int32_t(fminf(fmaxf(rintf(s.x[c] / unit), -kMost), kMost));
-    integers[c] = q;
+    const int32_t q = quantizer(s.x[c]);
     sum += q;
+    bytes[c] = bytes_of(q);
   }
-  sum = warp_sum(sum);
   __syncwarp();
-  write_operand(call, order, row, lane, integers);
-  if (lane == 0) {
-    // The sum of Q * level: of 2 byte + 1, or of byte / 32 - 3.
-    const double gain = double(call.scale) * double(kLog2E) * double(k.decode_gain) * double(unit);
-    const int32_t bias = call.k_uniform ? -96 * sum : sum / 2, bias_low = int8_t(bias);
-    QueryRow result;
-    result.gain = finite ? float(call.k_uniform ? gain / 32 : gain * 2) : __int_as_float(0x7fc00000);
-    result.offset = float(offset * double(call.scale) * double(kLog2E));
-    result.bias_high = (bias - bias_low) / 256;
-    result.bias_low = bias_low;
-    call.query_rows[row] = result;
+#pragma unroll 1
+  for (int word = lane; word < call.operand_bytes / 4; word += 32) {
+    uint32_t operand[4];
+    for (int i = 0; i < 4; ++i) {
+      const int channel = order.channel[4 * word + i];
+      operand[i] = channel < 0 ? 0 : bytes[channel];
+    }
+    write_words(place.operand, word, operand);
   }
+  write_query_row(call, row, lane, gain, quantizer, sum, offset);
   __syncwarp();
 }
 
-// After the first block `row_blocks` take rows, the others sequences.
-__global__ void __launch_bounds__(32 * kPrepareWarps)
+// ---- the kernels
+
+constexpr size_t kPrepareBytes = std::max(sizeof(Schedule), kPrepareWarps * sizeof(RowScratch));
+
+// What the kernel is given beside the call.
+struct PrepareWork {
+  const float *rotated;
+  double gain;
+  int32_t row_blocks, per_lane;  // per_lane: channels_per_lane()
+};
+
+// The first block makes the schedule, so that it starts before the others; the next `row_blocks` take rows, what is
+// left sequences.
+__global__ void __launch_bounds__(kPrepareThreads)
     attention_prepare_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams k,
-                             const __grid_constant__ QueryOrder order, const float *rotated, int row_blocks) {
-  __shared__ PrepareScratch scratch[kPrepareWarps];
+                             const __grid_constant__ QueryOrder order, const __grid_constant__ PrepareWork work) {
+  alignas(16) __shared__ uint8_t memory[kPrepareBytes];
+  grid_dependency_launch();
+  if (blockIdx.x == 0) return write_schedule(call, *reinterpret_cast<Schedule *>(memory));
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, block = int(blockIdx.x) - 1;
-  grid_dependency_launch();  // the next kernel may come; it waits for this one's end
-  if (block < 0) {
-    write_schedule(call);
-  } else if (block < row_blocks) {
-    const int64_t rows = int64_t{call.num_tokens} * call.q_heads;
-    for (int64_t row = int64_t{block} * kPrepareWarps + warp; row < rows; row += int64_t{row_blocks} * kPrepareWarps) {
-      prepare_row(call, k, order, rotated, row, lane, scratch[warp]);
-    }
-  } else {
-    for (int64_t s = int64_t{block - row_blocks} * kPrepareWarps + warp; s < call.num_seqs;
-         s += int64_t{int(gridDim.x) - 1 - row_blocks} * kPrepareWarps) {
+  if (block >= work.row_blocks) {
+    const int sequence_blocks = int(gridDim.x) - 1 - work.row_blocks;
+    for (int64_t s = int64_t{block - work.row_blocks} * kPrepareWarps + warp; s < call.num_seqs;
+         s += int64_t{sequence_blocks} * kPrepareWarps) {
       check_sequence(call, s, lane);
     }
+    return;
+  }
+  const int32_t rows = call.num_tokens * call.q_heads;
+  RowIntegers &integers = reinterpret_cast<RowIntegers *>(memory)[warp];
+#pragma unroll 1
+  for (int32_t row = block * kPrepareWarps + warp; row < rows; row += work.row_blocks * kPrepareWarps) {
+    if (work.per_lane == 4) {
+      prepare_row<4>(call, k, order, work.rotated, work.gain, row, lane, integers);
+    } else if (work.per_lane == 2) {
+      prepare_row<2>(call, k, order, work.rotated, work.gain, row, lane, integers);
+    } else if (work.per_lane == 8) {
+      prepare_row<8>(call, k, order, work.rotated, work.gain, row, lane, integers);
+    } else {
+      prepare_any_row(call, k, order, work.rotated, work.gain, row, lane, reinterpret_cast<RowScratch *>(memory)[warp]);
+    }
   }
 }
 
-__global__ void __launch_bounds__(32 * kPrepareWarps)
+__global__ void __launch_bounds__(kPrepareThreads)
     attention_widen_kernel(const __grid_constant__ AttentionCall call, float *rows) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_k;
   const int64_t count = int64_t{call.num_tokens} * call.q_heads;
+#pragma unroll 1
   for (int64_t row = int64_t{blockIdx.x} * kPrepareWarps + warp; row < count;
        row += int64_t{gridDim.x} * kPrepareWarps) {
     const int64_t at = row / call.q_heads * call.q.token_stride + row % call.q_heads * call.q.head_stride;
@@ -171,15 +487,18 @@ int blocks_of(int64_t warps) {
 
 int launch_attention_prepare(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
                              const float *rotated, void *stream) {
-  const int row_blocks = blocks_of(int64_t{call.num_tokens} * call.q_heads), sequence_blocks = blocks_of(call.num_seqs);
-  return launch(attention_prepare_kernel, unsigned(1 + row_blocks + sequence_blocks), 32 * kPrepareWarps, 0, stream,
-                call, k, order, rotated, row_blocks);
+  if (call.num_seqs == 0) return 0;
+  const PrepareWork work{rotated, query_gain(call, k), blocks_of(int64_t{call.num_tokens} * call.q_heads),
+                         channels_per_lane(k)};
+  const int sequence_blocks = call.exact.base != nullptr ? blocks_of(call.num_seqs) : 0;
+  return launch(attention_prepare_kernel, unsigned(1 + work.row_blocks + sequence_blocks), kPrepareThreads, 0, stream,
+                call, k, order, work);
 }
 
 int launch_attention_widen(const AttentionCall &call, float *rows, void *stream) {
   const int blocks = blocks_of(int64_t{call.num_tokens} * call.q_heads);
   if (blocks == 0) return 0;
-  return launch(attention_widen_kernel, unsigned(blocks), 32 * kPrepareWarps, 0, stream, call, rows);
+  return launch(attention_widen_kernel, unsigned(blocks), kPrepareThreads, 0, stream, call, rows);
 }
 
 int load_attention_prepare() {

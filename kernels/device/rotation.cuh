@@ -85,4 +85,59 @@ __device__ inline void rotate_back(const SideParams &side, int lane, float *x, f
   }
 }
 
+// ---- a vector of 32 * kPerLane channels, a power of two, in registers: lane i has channels kPerLane * i and on
+
+template <int kPerLane>
+__device__ __forceinline__ void flip_own_signs(const SideParams &side, int round, int lane, float (&x)[kPerLane]) {
+  const uint32_t bits = side.signs[round][kPerLane * lane / 32] >> (kPerLane * lane % 32);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    x[i] = __uint_as_float(__float_as_uint(x[i]) ^ (bits << (31 - i) & 0x80000000));
+  }
+}
+
+template <int kPerLane>
+__device__ __forceinline__ void own_butterflies(int lane, float (&x)[kPerLane]) {
+#pragma unroll
+  for (int stride = 1; stride < kPerLane; stride *= 2) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if ((i & stride) != 0) continue;
+      const float a = x[i], b = x[i + stride];
+      x[i] = a + b;
+      x[i + stride] = a - b;
+    }
+  }
+#pragma unroll 1
+  for (int bit = 1; bit < 32; bit *= 2) {  // a loop: this runs once, and fetching code takes longer
+    const float sign = (lane & bit) != 0 ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = __fmaf_rn(x[i], sign, __shfl_xor_sync(kAll, x[i], bit));
+  }
+}
+
+template <int kPerLane>
+__device__ __forceinline__ void rotate(const SideParams &side, int lane, float (&x)[kPerLane]) {
+#pragma unroll 1
+  for (int round = 0; round < side.rounds; ++round) {
+    flip_own_signs(side, round, lane, x);
+    own_butterflies(lane, x);
+  }
+}
+
+template <int kPerLane>
+__device__ __forceinline__ void rotate_back(const SideParams &side, int lane, float (&x)[kPerLane]) {
+#pragma unroll 1
+  for (int round = side.rounds - 1; round >= 0; --round) {
+    own_butterflies(lane, x);
+    flip_own_signs(side, round, lane, x);
+  }
+}
+
+// The channels of a lane where these functions take a vector of a side; 0 where they do not.
+inline int channels_per_lane(const SideParams &side) {
+  const bool fits = side.base == 1 && (side.head_dim == 64 || side.head_dim == 128 || side.head_dim == 256);
+  return fits ? side.head_dim / 32 : 0;
+}
+
 }  // namespace tqkv::cuda

@@ -76,33 +76,8 @@ __device__ inline Sequence read_sequence(const AttentionCall &call, int64_t s, i
   return bad_rows(call, rows, rows_end) ? Sequence{} : describe_sequence(call, s, rows);
 }
 
-// A warp reads sequences first .. first + 31, each lane its own; one past the last has kBadRows. Chunks are read in
-// order: `rows_end` begins at 0 and goes from each to the next.
-__device__ inline Sequence read_sequences(const AttentionCall &call, int64_t first, int64_t *rows_end) {
-  const int lane = int(threadIdx.x) % 32;
-  const int64_t s = first + lane;
-  const bool exists = s < call.num_seqs;
-  SequenceRows rows{0, -1};
-  if (exists) rows = sequence_rows(call, s);
-  // A sequence begins where the one before it ends: it is enough that none ends before it begins.
-  const bool fine = !exists || !bad_rows(call, rows, lane == 0 ? *rows_end : rows.begin);
-  bool bad = !exists;
-  const unsigned existing = __ballot_sync(kAll, exists);
-  if (__all_sync(kAll, fine)) {
-    if (existing != 0) *rows_end = __shfl_sync(kAll, rows.end, __popc(existing) - 1);
-  } else {
-    for (int i = 0; i < __popc(existing); ++i) {
-      const SequenceRows other{__shfl_sync(kAll, rows.begin, i), __shfl_sync(kAll, rows.end, i)};
-      const bool other_bad = bad_rows(call, other, *rows_end);
-      if (!other_bad) *rows_end = other.end;
-      if (lane == i) bad = other_bad;
-    }
-  }
-  return bad ? Sequence{} : describe_sequence(call, s, rows);
-}
-
 __device__ inline int32_t token_blocks(const AttentionCall &call, const Sequence &sequence) {
-  return int32_t((int64_t{sequence.q_len} + call.block_tokens - 1) / call.block_tokens);
+  return int32_t((uint32_t(sequence.q_len) + uint32_t(call.block_tokens) - 1) / uint32_t(call.block_tokens));
 }
 
 __device__ inline int32_t position(const AttentionCall &call, const Sequence &sequence, int32_t i) {
@@ -137,6 +112,7 @@ __device__ inline KeyRange keys_of_tokens(const AttentionCall &call, const Seque
     add({visible_keys(call, sequence, position(call, sequence, first)).low,
          visible_keys(call, sequence, position(call, sequence, end - 1)).high});
   } else {
+#pragma unroll 1
     for (int32_t i = first; i < end; ++i) add(visible_keys(call, sequence, position(call, sequence, i)));
   }
   return seen.low < seen.high ? seen : KeyRange{0, 0};
@@ -173,38 +149,6 @@ __device__ inline bool is_exact(const AttentionCall &call, const Sequence &seque
 __device__ inline bool none_exact(const AttentionCall &call, const Sequence &sequence, int32_t low, int32_t high) {
   return sequence.exact_table == nullptr ||
          (low - sequence.start >= call.exact_first && high - 1 <= sequence.first_position - call.exact_recent);
-}
-
-// The segments of all splits of what is else the same.
-struct SegmentGroup {
-  int32_t sequence, token_block, head_part, head_pack;
-};
-
-// `first` is a segment of split 0, before sequence_segments[num_seqs]; by a warp.
-__device__ inline SegmentGroup find_segment_group(const AttentionCall &call, int64_t first) {
-  const int lane = int(threadIdx.x) % 32;
-  // The last sequence whose segments do not begin after this one is one of [low, low + count).
-  int64_t low = 0, count = call.num_seqs;
-  while (count > 1) {
-    const int64_t step = (count + 31) / 32, probe = lane * step;
-    const bool before = probe < count && call.sequence_segments[low + probe] <= first;
-    const int64_t passed = (__popc(__ballot_sync(kAll, before)) - 1) * step;
-    low += passed;
-    count = min(step, count - passed);
-  }
-  const int64_t group = (first - call.sequence_segments[low]) / call.splits, blocks = group / call.head_packs;
-  return {int32_t(low), int32_t(blocks / call.head_parts), int32_t(blocks % call.head_parts),
-          int32_t(group % call.head_packs)};
-}
-
-// The CUDA block that has a unit, of `units` in all.
-__device__ inline int32_t block_of_unit(const AttentionCall &call, int64_t unit, int64_t units) {
-  return int32_t(((unit + 1) * call.blocks - 1) / units);
-}
-
-// Where there are fewer units than blocks some have none.
-__device__ inline bool has_units(const AttentionCall &call, int64_t block, int64_t units) {
-  return units >= call.blocks || block * units / call.blocks < (block + 1) * units / call.blocks;
 }
 
 }  // namespace tqkv::cuda

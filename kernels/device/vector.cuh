@@ -80,6 +80,68 @@ __device__ inline void store_element(void *data, int type, int64_t at, float val
   }
 }
 
+// Neighbours in memory, read and written at once.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Neighbours {
+  T of[kCount];
+};
+
+// kCount neighbours, an even number. `aligned`: `at` counts from a multiple of 16 bytes and is a multiple of kCount.
+template <int kCount>
+__device__ __forceinline__ void load_neighbours(const void *data, int type, bool aligned, int64_t at,
+                                                float (&x)[kCount]) {
+  if (!aligned) {
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) {
+      const float value = load_element(data, type, at + i);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) x[k] = k == i ? value : x[k];
+    }
+  } else if (type == TQ_TYPE_F32) {
+    const auto loaded = *reinterpret_cast<const Neighbours<float, kCount> *>(static_cast<const float *>(data) + at);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = loaded.of[i];
+  } else {
+    const auto loaded =
+        *reinterpret_cast<const Neighbours<uint32_t, kCount / 2> *>(static_cast<const uint16_t *>(data) + at);
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const uint32_t pair = loaded.of[i / 2];
+      if (type == TQ_TYPE_F16) {
+        f32_pair_from_f16(pair, x[i], x[i + 1]);
+      } else {
+        x[i] = __uint_as_float(pair << 16), x[i + 1] = __uint_as_float(pair & 0xffff0000);
+      }
+    }
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_neighbours(void *data, int type, bool aligned, int64_t at,
+                                                 const float (&x)[kCount]) {
+  if (!aligned) {
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) {
+      float value = 0;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) value = k == i ? x[k] : value;
+      store_element(data, type, at + i, value);
+    }
+  } else if (type == TQ_TYPE_F32) {
+    Neighbours<float, kCount> stored;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) stored.of[i] = x[i];
+    *reinterpret_cast<Neighbours<float, kCount> *>(static_cast<float *>(data) + at) = stored;
+  } else {
+    Neighbours<uint32_t, kCount / 2> stored;
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      stored.of[i / 2] = type == TQ_TYPE_F16 ? pack_f16(x[i], x[i + 1]) : pack_bf16(x[i], x[i + 1]);
+    }
+    *reinterpret_cast<Neighbours<uint32_t, kCount / 2> *>(static_cast<uint16_t *>(data) + at) = stored;
+  }
+}
+
 // x * 2^n, rounded once, for |n| < 150 and results that are not rounded twice: as ldexp.
 __device__ inline float times_power_of_two(float x, int n) {
   if (n > 127) {

@@ -15,7 +15,10 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 
 cuda::Rows device_rows(const Rows &rows) {
-  return {const_cast<uint8_t *>(rows.data), rows.token_stride, rows.head_stride, rows.type, 0};
+  const int64_t bytes = type_bytes(rows.type);
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.token_stride * bytes % 16 == 0 &&
+                       rows.head_stride * bytes % 16 == 0;
+  return {const_cast<uint8_t *>(rows.data), rows.token_stride, rows.head_stride, rows.type, aligned};
 }
 
 cuda::AttentionPool device_pool(const Pool &pool) {
@@ -66,8 +69,8 @@ struct Plan {
   cuda::AttentionCall call{};
   // Dense rotations: cuBLAS's workspace, queries before and after, outputs of three kinds.
   int64_t cublas = 0, queries = 0, rotated = 0, merged = 0, back = 0, raw = 0;
-  int64_t states = 0, faults = 0, segments = 0, units = 0, items = 0, block_items = 0, operands = 0, rows = 0,
-          partials = 0;
+  int64_t states = 0, faults = 0, first_segments = 0, units = 0, segments = 0, items = 0, block_items = 0;
+  int64_t operands = 0, rows = 0, partials = 0;
   int64_t bytes = 0;
 };
 
@@ -166,15 +169,16 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.head_packs = call.kv_heads / call.pack_heads;
   call.splits = from.fixed_split ? int32_t(std::min<int64_t>(from.splits, INT32_MAX)) : 1;
   call.split_tiles = from.fixed_split ? int32_t(from.split_tokens / kTileTokens) : 0;
-  call.blocks = codec.cuda->limits.multiprocessors;
+  call.blocks = std::min(codec.cuda->limits.multiprocessors, cuda::kMaxAttentionBlocks);
   const int64_t token_blocks =
       from.cu_seqlens_q == nullptr ? from.num_seqs : from.num_tokens / call.block_tokens + int64_t{from.num_seqs};
   Places places;
   if (__builtin_mul_overflow(token_blocks * call.head_parts * call.head_packs, int64_t{call.splits},
                              &call.max_segments) ||
-      call.max_segments > INT32_MAX / 2) {
-    return fail(TQ_ERROR_OVERFLOW, "%lld splits of %d tokens in %d sequences are more than 2^30 pieces of work",
-                (long long)from.splits, call.num_tokens, call.num_seqs);
+      call.max_segments > INT32_MAX / 2 - call.blocks) {
+    return fail(TQ_ERROR_OVERFLOW,
+                "%lld splits of %d tokens are more than 2^30 parts, which attention on CUDA counts to",
+                (long long)from.splits, call.num_tokens);
   }
   call.operand_bytes = (call.head_dim_k + 31) / 32 * 32;
   const int rows = call.block_tokens * call.block_heads;
@@ -183,10 +187,16 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.slot_bytes = (call.slot_bytes + 15) / 16 * 16;
 
   const int64_t query_rows = int64_t{from.num_tokens} * from.q_heads;
+  if (query_rows > INT32_MAX / 2) {
+    return fail(TQ_ERROR_OVERFLOW,
+                "%d tokens of %d heads are more than 2^30 queries, which attention on CUDA counts to", call.num_tokens,
+                call.q_heads);
+  }
   plan.states = places.add(from.num_seqs, 4);
   plan.faults = places.add(from.num_seqs, 4);
-  plan.segments = places.add(int64_t{from.num_seqs} + 1, 8);
+  plan.first_segments = places.add(int64_t{from.num_seqs} + 1, 8);
   plan.units = places.add(call.max_segments + 1, 8);
+  plan.segments = places.add(call.max_segments, sizeof(cuda::AttentionItem));
   plan.items = places.add(call.max_segments + call.blocks, sizeof(cuda::AttentionItem));
   plan.block_items = places.add(call.blocks, sizeof(cuda::BlockItems));
   plan.operands = places.add(query_rows, 2 * int64_t{call.operand_bytes});
@@ -212,8 +222,9 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   uint8_t *base = from.workspace;
   call.sequence_states = reinterpret_cast<int32_t *>(base + plan.states);
   call.sequence_faults = reinterpret_cast<int32_t *>(base + plan.faults);
-  call.sequence_segments = reinterpret_cast<int64_t *>(base + plan.segments);
+  call.sequence_segments = reinterpret_cast<int64_t *>(base + plan.first_segments);
   call.segment_units = reinterpret_cast<int64_t *>(base + plan.units);
+  call.segments = reinterpret_cast<cuda::AttentionItem *>(base + plan.segments);
   call.items = reinterpret_cast<cuda::AttentionItem *>(base + plan.items);
   call.block_items = reinterpret_cast<cuda::BlockItems *>(base + plan.block_items);
   call.query_operands = base + plan.operands;

@@ -30,7 +30,7 @@ check src/api api attention cache codec plan runtime
 check src/cli cli
 check bench bench
 check tests/abi
-check tests/emulation abi emulation kernels
+check tests/emulation abi codec emulation kernels
 check tests/consume
 check bindings
 

@@ -169,6 +169,14 @@ T atomicMax(T *at, std::type_identity_t<T> value) {
   }
   return old;
 }
+template <class T>
+T atomicMin(T *at, std::type_identity_t<T> value) {
+  std::atomic_ref now(*at);
+  T old = now.load(std::memory_order_relaxed);
+  while (old > value && !now.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+  }
+  return old;
+}
 
 // Blocks run one after the other, and what a block's threads tell each other by barriers is ordered by these.
 inline void __threadfence() {}
