@@ -863,6 +863,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 #pragma unroll 1
     for (int i = 0; i < shared.num_items; ++i) {
       const ListedItem &listed = shared.items[i];
+      if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
       rows.begin(listed, head);
       int left = tiles_of(listed.item, team), tile = listed.item.first_tile + team.index;
       const uint8_t *now = stages + stage * ring.stage_bytes + head * call.pool.tile_bytes;
