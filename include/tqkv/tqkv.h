@@ -491,7 +491,7 @@ typedef struct tq_attention_args {
                                   sequence are not written */
   const int32_t *q_positions;  /* [num_tokens]; NULL: lengths[s] - q_len + i */
   int32_t max_q_len;           /* host bound on q_len; 0: num_tokens (1 without cu_seqlens_q) */
-  int32_t max_length_tokens;   /* host bound on lengths; 0: what the table holds (required with CSR on CUDA) */
+  int32_t max_length_tokens;   /* host bound on lengths; 0: what the table holds, with CSR all indices */
 
   const void *k_new; /* optional [num_tokens, kv_heads, head_dim_k]: the call's own keys, read raw; pages need not hold
                         them. With v_new */
@@ -544,6 +544,10 @@ typedef struct tq_attention_args {
  * being given or not. */
 TQKV_API tq_status tq_attention_workspace(const tq_codec *codec, const tq_attention_args *args, size_t *bytes);
 
+/* On CUDA (compute capability 9.0 and later) K and V have 2, 3, 4 or 8 bits each and one head_dim of 64, 80, 96, 112, 128,
+ * 192 or 256; pages have bases and strides that are multiples of 16 bytes. Queries and weights are rounded to 16-bit
+ * integers: outputs are within 3e-4 of the exact ones, relative to the norm. The launches depend on the args alone: a
+ * captured call may be replayed with other lengths, tables and contents, within the bounds. */
 TQKV_API tq_status tq_paged_attention(const tq_codec *codec, const tq_attention_args *args);
 
 typedef struct tq_merge_args {
