@@ -51,7 +51,6 @@ struct AttentionRing {
 struct ListedItem {
   AttentionItem item;
   Sequence sequence;
-  int32_t bad;  // a needed block id is
 };
 
 // A team's tiles of the list, tile n at n % kTable.
@@ -141,7 +140,7 @@ __device__ inline void find_tiles(const AttentionCall &call, AttentionShared &sh
     table.address[n % kTable] = no_tile();
     return;
   }
-  ListedItem &listed = shared.items[i];
+  const ListedItem &listed = shared.items[i];
   const Sequence &sequence = listed.sequence;
   const int tile = listed.item.first_tile + team.index + in_item * team.count;
   const uint8_t *at = nullptr;
@@ -160,7 +159,7 @@ __device__ inline void find_tiles(const AttentionCall &call, AttentionShared &sh
 #pragma unroll 1
     for (int t = 0; t < kTileTokens; ++t) {
       if (j + t < sequence.coded_length && is_exact(call, sequence, j + t)) exact |= 1u << t;
-      if (bad && is_needed(call, listed, j + t)) listed.bad = 1;
+      if (bad && is_needed(call, listed, j + t)) atomicMax(&call.sequence_faults[listed.item.sequence], 1);
     }
   }
   table.address[n % kTable] = at;
@@ -197,7 +196,7 @@ __device__ __noinline__ inline void gather_tile(const AttentionCall &call, Atten
   const int lane = lane_of_warp();
   int in_item = n, i = 0;
   for (; in_item >= tiles_of(shared.items[i].item, team); ++i) in_item -= tiles_of(shared.items[i].item, team);
-  ListedItem &listed = shared.items[i];
+  const ListedItem &listed = shared.items[i];
   int64_t slot = -1;  // of the lane's token
   if (lane < kTileTokens) {
     const int j = (listed.item.first_tile + team.index + in_item * team.count) * kTileTokens + lane;
@@ -206,7 +205,7 @@ __device__ __noinline__ inline void gather_tile(const AttentionCall &call, Atten
       if (id >= 0 && id < pool.num_blocks) {
         slot = int64_t{id} * pool.block_size + j % pool.block_size;
       } else {
-        listed.bad = 1;
+        atomicMax(&call.sequence_faults[listed.item.sequence], 1);
       }
     }
   }
@@ -842,7 +841,6 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         ListedItem listed;
         listed.item = call.items[block.first + lane];
         listed.sequence = read_sequence(call, listed.item.sequence, 0);
-        listed.bad = 0;
         shared.items[lane] = listed;
       }
       if (lane == 0) shared.num_items = min(block.count, kMaxItems);
@@ -908,7 +906,6 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         release();
       }
       rows.end();
-      if (listed.bad != 0 && lane == 0) call.sequence_faults[listed.item.sequence] = 1;
       group_barrier(1 + head, 32 * team.count);
       write_partial<Shape>(call, int64_t{block.first} + i, head, team, scratch, states);
       group_barrier(1 + head, 32 * team.count);
