@@ -34,7 +34,7 @@
 namespace tqkv::cuda {
 
 inline constexpr int kFirstCheck = 8;  // tiles after which a warp first looks at its weights
-inline constexpr int kMaxItems = 16, kMaxStages = 64, kMaxWarps = 16;
+inline constexpr int kMaxItems = 16, kMaxStages = 64;
 inline constexpr int kBatch = 32, kTable = 4 * kBatch;   // tiles whose places are looked up at a time, and kept
 inline constexpr int kAttentionSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr float kMinusInfinity = -INFINITY;
