@@ -286,11 +286,11 @@ TEST_CASE("huge and tiny vectors come back right") {
 
         // With an f32 scale, anything f32 can hold: rotated coordinates may pass its range while the decoded do not.
         for (double size : {1e-40, 1e-38, 1e-30, 1e-20, 1.0, 1e20, 1e30, 1e37}) {
-          // At 1e-40 an f32 has 2^-149 / 1e-40 = 1.4e-5 of relative resolution, the scale ten times worse at most.
+          // At 1e-40 the factor of decoding is about 1e-43 at 8 bits, a multiple of 4 * 2^-149: wrong by up to 6%.
           INFO("size " << size);
           for (double error :
                relative_error(config, TQ_TYPE_F32, normals(random, int64_t(head_dim) * 4, size), &clamped)) {
-            CHECK(error < typical + (size < 1e-38 ? 0.05 : 0));
+            CHECK(error < typical + (size < 1e-38 ? 0.08 : 0));
           }
           CHECK(clamped == 0);
         }
