@@ -6,37 +6,20 @@
     bench/plot_attention.py bench/results/attention-h200.json --table
 """
 import argparse
-import json
-import sys
 
-from plot_codec import bars, load_pyplot, save
+from plot_codec import Results, bars, load_pyplot, save
 
 CODES = ("K4V4", "K4V3", "K3V3", "K4V2", "K2V2")
 
 
-class Results:
-    """Rows by (shape, codes, feature)."""
+class AttentionResults(Results):
+    COMMAND = "attention"
+    KEY = ("shape", "codes", "feature")
 
     def __init__(self, path):
-        try:
-            with open(path, encoding="utf-8") as file:
-                document = json.load(file)
-            self.device = document["device"]
-            self.date = document.get("date", "")[:10]
-            self.rows = {(row["shape"], row["codes"], row["feature"]): row for row in document["results"]}
-            for row in self.rows.values():
-                row["share"], row["microseconds"]  # noqa: B018: both are needed
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"{path} holds no results of tqkv-bench attention: {error!r}")
+        super().__init__(path)
         self.shapes = list(dict.fromkeys(shape for shape, _, _ in self.rows))
         self.features = list(dict.fromkeys(feature for _, _, feature in self.rows if feature))
-
-    def row(self, *key):
-        return self.rows.get(key)
-
-    def share(self, *key):
-        row = self.row(*key)
-        return None if row is None else 100 * row["share"]
 
 
 def plot(results, path):
@@ -84,7 +67,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.picture is None and not arguments.table:
         parser.error("neither a picture nor --table is asked for")
-    results = Results(arguments.results)
+    results = AttentionResults(arguments.results)
     if arguments.table:
         print_table(results)
     if arguments.picture is not None:

@@ -18,23 +18,28 @@ COLOURS = ("#14487a", "#3b8fc2", "#8fc9e8", "#c9d6df", "#e3b778")
 
 
 class Results:
+    """Rows of `tqkv-bench COMMAND` by what the fields named by KEY hold."""
+
+    COMMAND = "codec"
+    KEY = ("operation", "head_dim", "bits")
+
     def __init__(self, path):
         try:
             with open(path, encoding="utf-8") as file:
                 document = json.load(file)
             self.device = document["device"]
             self.date = document.get("date", "")[:10]
-            self.rows = {(row["operation"], row["head_dim"], row["bits"]): row for row in document["results"]}
+            self.rows = {tuple(row[field] for field in self.KEY): row for row in document["results"]}
             for row in self.rows.values():
                 row["share"], row["microseconds"]  # noqa: B018: both are needed
         except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"{path} holds no results of tqkv-bench codec: {error!r}")
+            sys.exit(f"{path} holds no results of tqkv-bench {self.COMMAND}: {error!r}")
 
-    def row(self, operation, head_dim, bits):
-        return self.rows.get((operation, head_dim, bits))
+    def row(self, *key):
+        return self.rows.get(key)
 
-    def share(self, operation, head_dim, bits):
-        row = self.row(operation, head_dim, bits)
+    def share(self, *key):
+        row = self.row(*key)
         return None if row is None else 100 * row["share"]
 
 

@@ -39,14 +39,9 @@ constexpr AttentionKernel kKernels[] = {
 };
 #undef TQKV_ATTENTION
 
-bool is_code(int bits) {
-  return bits == 2 || bits == 3 || bits == 4 || bits == 8;
-}
-
 // The first that takes the call; those of fixed bits come first, and of them those of fewer rows. The last, of any bits,
 // takes more rows in parts.
 const AttentionKernel *find(const AttentionCall &call, int64_t rows) {
-  if (!is_code(call.k_bits) || !is_code(call.v_bits)) return nullptr;
   // What the kernels of fixed bits take for granted.
   const bool plain =
       call.k_scale_type == TQ_TYPE_F16 && call.v_scale_type == TQ_TYPE_F16 && call.pool.block_size >= kTileTokens;

@@ -38,7 +38,6 @@ inline constexpr int kMaxItems = 16, kMaxStages = 64;
 inline constexpr int kBatch = 32, kTable = 4 * kBatch;   // tiles whose places are looked up at a time, and kept
 inline constexpr int kAttentionSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr float kMinusInfinity = -INFINITY;
-inline constexpr float kLog2E = 1.4426950408889634f;
 
 // The dynamic shared memory: rings, then what each warp and team has, in bytes from the start.
 struct AttentionRing {
@@ -85,10 +84,6 @@ __device__ inline const uint8_t *no_tile() {
   return reinterpret_cast<const uint8_t *>(uintptr_t{1});
 }
 
-__device__ inline int lane_of_warp() {
-  return int(threadIdx.x) % 32;
-}
-
 // Tiles of an item that are a team's.
 __device__ inline int tiles_of(const AttentionItem &item, Team team) {
   const int tiles = item.end_tile - item.first_tile - team.index;
@@ -129,7 +124,7 @@ __device__ inline const uint8_t *whole_tile(const AttentionCall &call, const Seq
 __device__ inline void find_tiles(const AttentionCall &call, AttentionShared &shared, TileTable &table, Team team,
                                   int first) {
   const AttentionPool &pool = call.pool;
-  const int n = first + lane_of_warp();
+  const int n = first + lane_index();
   int in_item = n, i = 0;
   for (; i < shared.num_items; ++i) {
     const int tiles = tiles_of(shared.items[i].item, team);
@@ -172,7 +167,7 @@ __device__ inline void copy_codes(const uint8_t *from, uint8_t *to, int head_dim
   for (int plane = 0; plane < 2; ++plane) {
     const int bytes = plane_bytes(head_dim, bits, plane);
 #pragma unroll 1
-    for (int e = int(threadIdx.x) % 32; e < bytes; e += 32) {
+    for (int e = lane_index(); e < bytes; e += 32) {
       if (is_v) {
         to[v_plane_offset(bytes, e, to_row)] = from[v_plane_offset(bytes, e, from_row)];
       } else {
@@ -185,7 +180,7 @@ __device__ inline void copy_codes(const uint8_t *from, uint8_t *to, int head_dim
 }
 
 __device__ inline void copy_scale(const uint8_t *from, uint8_t *to, int type, int from_row, int to_row) {
-  const int bytes = type == TQ_TYPE_F32 ? 4 : 2, i = int(threadIdx.x) % 32;
+  const int bytes = type == TQ_TYPE_F32 ? 4 : 2, i = lane_index();
   if (i < bytes) to[to_row * bytes + i] = from[from_row * bytes + i];
 }
 
@@ -193,7 +188,7 @@ __device__ inline void copy_scale(const uint8_t *from, uint8_t *to, int type, in
 __device__ __noinline__ inline void gather_tile(const AttentionCall &call, AttentionShared &shared, Team team, int n,
                                                 uint8_t *to) {
   const AttentionPool &pool = call.pool;
-  const int lane = lane_of_warp();
+  const int lane = lane_index();
   int in_item = n, i = 0;
   for (; in_item >= tiles_of(shared.items[i].item, team); ++i) in_item -= tiles_of(shared.items[i].item, team);
   const ListedItem &listed = shared.items[i];
@@ -236,7 +231,7 @@ __device__ __forceinline__ void copy_tile(const AttentionCall &call, const Atten
   if constexpr (kSmall) {
     if (from == nullptr && call.pool.block_size < kTileTokens) gather_tile(call, shared, team, n, to);
   }
-  if (lane_of_warp() != 0) return;
+  if (lane_index() != 0) return;
   const uint32_t bytes = uint32_t(call.pool.tile_bytes);
   if (from == nullptr) {
     barrier_arrive(full);
@@ -419,7 +414,7 @@ __device__ __noinline__ int2 describe_rows(const AttentionCall &call, const List
                                            RowState *states) {
   const Sequence &sequence = listed.sequence;
   const AttentionItem &item = listed.item;
-  const int row = lane_of_warp(), token = item.token_block * call.block_tokens + row / call.block_heads;
+  const int row = lane_index(), token = item.token_block * call.block_tokens + row / call.block_heads;
   const int in_group = item.head_part * call.block_heads + row % call.block_heads;
   int begin = INT32_MIN, end = INT32_MAX;
   RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr, kFirstCheck};
@@ -469,7 +464,7 @@ class WarpRows {
   };
 
   __device__ WarpRows(const AttentionCall &call, float *scratch, RowState *states)
-      : call_(call), scratch_(scratch), states_(states), g_(lane_of_warp() / 4), q_(lane_of_warp() % 4) {}
+      : call_(call), scratch_(scratch), states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
 
   __device__ void begin(const ListedItem &listed, int pack_head) {
     const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states_);
@@ -659,7 +654,7 @@ class WarpRows {
     if (small || run_ >= kMostTiles) flags_ |= kFall;
     const int interval = states_[0].interval;
     check_ = min(run_ + interval, kMostTiles);
-    if (__any_sync(kAll, (flags_ & kFall) != 0) && lane_of_warp() == 0) {
+    if (__any_sync(kAll, (flags_ & kFall) != 0) && lane_index() == 0) {
       states_[0].interval = min(2 * interval, kMostTiles);  // a flush costs much
     }
     __syncwarp();
@@ -776,7 +771,7 @@ class WarpRows {
 template <class Shape>
 __device__ __noinline__ void write_partial(const AttentionCall &call, int64_t slot_number, int head, Team team,
                                            const float *scratch, const RowState *states) {
-  const int lane = lane_of_warp(), rows = call.block_tokens * call.block_heads;
+  const int lane = lane_index(), rows = call.block_tokens * call.block_heads;
   uint8_t *slot = call.partials + slot_number * call.slot_bytes;
   float2 *to_states = reinterpret_cast<float2 *>(slot) + head * rows;
   float *to = reinterpret_cast<float *>(slot + partial_outputs(call.pack_heads, rows)) +
@@ -815,7 +810,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   uint8_t *memory = static_cast<uint8_t *>(dynamic_shared());
   AttentionShared &shared = *reinterpret_cast<AttentionShared *>(memory + ring.shared_at);
-  const int warp = int(threadIdx.x) / 32, lane = lane_of_warp();
+  const int warp = int(threadIdx.x) / 32, lane = lane_index();
   const int head = warp % call.pack_heads;
   const Team team{warp / call.pack_heads, int(blockDim.x) / 32 / call.pack_heads};
   float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at);

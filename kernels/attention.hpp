@@ -17,9 +17,9 @@
 //
 // PARTIALS. What block b has of segment i goes to slot b + i, which no other pair has: pack_heads * rows states (m, l)
 // as float2, and at partial_outputs() as many outputs of head_dim_v floats, in the natural order of channels (rotated
-// domain). With x the
-// scores times log2(e): l = sum of 2^(x - m), output = sum of 2^(x - m) scale_v level, so that decode_gain of V
-// and the rotation back are still to come. m is -infinity where no key is visible; l is NaN where a score is.
+// domain). With x the scores times log2(e): l = sum of 2^(x - m), output = sum of 2^(x - m) scale_v level, so that
+// decode_gain of V and the rotation back are still to come. m is -infinity where no key is visible; l is NaN where a
+// score is.
 #pragma once
 
 #include "codec/host_device.hpp"
@@ -36,6 +36,7 @@ struct AttentionPool {
 };
 
 inline constexpr int kMaxAttentionBlocks = 512;
+inline constexpr float kLog2E = 0x1.715476p+0f;
 
 // A segment, or the part of one that a block has. Tiles [first_tile, end_tile); a segment without units has none.
 struct alignas(16) AttentionItem {

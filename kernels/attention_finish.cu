@@ -14,7 +14,6 @@ namespace {
 
 constexpr int kMaxRows = 8;       // of a segment
 constexpr int kRawThreads = 256;  // tokens of a chunk
-constexpr float kLog2E = 0x1.715476p+0f;
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kFinishWarps = kRawThreads / 32;
 constexpr int kChunk = 160;  // partial results whose factors are known at a time, a multiple of kFinishWarps

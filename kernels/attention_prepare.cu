@@ -13,8 +13,7 @@ namespace tqkv::cuda {
 namespace {
 
 constexpr int kPrepareWarps = 8, kPrepareThreads = 32 * kPrepareWarps;
-constexpr int kMostQuery = 32639;  // 127 * 256 + 127: both bytes of it and of its negative are signed ones
-constexpr float kLog2E = 0x1.715476p+0f;
+constexpr int kMostQuery = 32639;         // 127 * 256 + 127: both bytes of it and of its negative are signed ones
 constexpr int64_t kMostBlocks = 1 << 20;  // rows beyond these are reached by steps of the grid
 
 // ---- the schedule

@@ -8,9 +8,6 @@ namespace tqkv::cuda {
 
 inline constexpr int kRows = 16;
 
-__device__ __forceinline__ int lane_index() {
-  return int(threadIdx.x) % 32;
-}
 __device__ __forceinline__ int lane_row() {
   return lane_index() / 4;
 }

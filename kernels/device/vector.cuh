@@ -14,6 +14,10 @@ namespace tqkv::cuda {
 
 inline constexpr unsigned kAll = 0xffffffff;
 
+__device__ __forceinline__ int lane_index() {
+  return int(threadIdx.x) % 32;
+}
+
 __device__ inline void count_fault(tq_faults *faults, int kind, int64_t index) {
   if (faults == nullptr) return;
   atomicAdd(reinterpret_cast<unsigned long long *>(&faults->count[kind]), 1ull);

@@ -5,20 +5,6 @@
 
 using namespace tqkv;
 
-namespace {
-
-// What the call needs of workspace; `workspace` is filled in for the CPU.
-tq_status size_workspace(const AttentionCall &call, AttentionWorkspace *workspace, size_t *bytes) {
-#ifdef TQKV_HAVE_CUDA
-  if (call.codec->device == TQ_DEVICE_CUDA) return cuda_attention_workspace(call, bytes);
-#endif
-  TQKV_TRY(attention_workspace(call, workspace));
-  *bytes = size_t(workspace->bytes);
-  return TQ_OK;
-}
-
-}  // namespace
-
 tq_status tq_attention_workspace(const tq_codec *codec, const tq_attention_args *given, size_t *bytes) {
   return guard([&]() -> tq_status {
     TQKV_TRY(check_codec(codec));
@@ -28,7 +14,12 @@ tq_status tq_attention_workspace(const tq_codec *codec, const tq_attention_args 
     AttentionCall call;
     AttentionWorkspace workspace;
     TQKV_TRY(make_call(*codec->codec, args, true, &call));
-    return size_workspace(call, &workspace, bytes);
+#ifdef TQKV_HAVE_CUDA
+    if (codec->codec->device == TQ_DEVICE_CUDA) return cuda_attention_workspace(call, bytes);
+#endif
+    TQKV_TRY(attention_workspace(call, &workspace));
+    *bytes = size_t(workspace.bytes);
+    return TQ_OK;
   });
 }
 
@@ -39,14 +30,13 @@ tq_status tq_paged_attention(const tq_codec *codec, const tq_attention_args *giv
     TQKV_TRY(read_struct(given, "args", &args));
     AttentionCall call;
     AttentionWorkspace workspace;
-    size_t bytes = 0;
     TQKV_TRY(make_call(*codec->codec, args, false, &call));
-    TQKV_TRY(size_workspace(call, &workspace, &bytes));
-    TQKV_TRY(check_workspace(args.workspace, args.workspace_bytes, bytes));
     call.workspace = static_cast<uint8_t *>(args.workspace);
 #ifdef TQKV_HAVE_CUDA
-    if (codec->codec->device == TQ_DEVICE_CUDA) return cuda_attention(call, args.stream);
+    if (codec->codec->device == TQ_DEVICE_CUDA) return cuda_attention(call, args.workspace_bytes, args.stream);
 #endif
+    TQKV_TRY(attention_workspace(call, &workspace));
+    TQKV_TRY(check_workspace(args.workspace, args.workspace_bytes, size_t(workspace.bytes)));
     run_attention_cpu(call, workspace);
     return TQ_OK;
   });

@@ -14,11 +14,8 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-cuda::Rows device_rows(const Rows &rows) {
-  const int64_t bytes = type_bytes(rows.type);
-  const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.token_stride * bytes % 16 == 0 &&
-                       rows.head_stride * bytes % 16 == 0;
-  return {const_cast<uint8_t *>(rows.data), rows.token_stride, rows.head_stride, rows.type, aligned};
+cuda::Rows rows_of(const Rows &rows) {
+  return device_rows(rows.data, rows.type, rows.token_stride, rows.head_stride);
 }
 
 cuda::AttentionPool device_pool(const Pool &pool) {
@@ -107,10 +104,10 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.causal = from.causal;
   call.max_q_len = int32_t(std::min<int64_t>(from.max_q_len, INT32_MAX));
   call.max_length = int32_t(std::min<int64_t>(from.max_length, INT32_MAX));
-  call.q = device_rows(from.q);
-  call.k_new = device_rows(from.k_new);
-  call.v_new = device_rows(from.v_new);
-  call.out = device_rows(from.out);
+  call.q = rows_of(from.q);
+  call.k_new = rows_of(from.k_new);
+  call.v_new = rows_of(from.v_new);
+  call.out = rows_of(from.out);
   call.cu_seqlens_q = from.cu_seqlens_q;
   call.q_positions = from.q_positions;
   call.lengths = from.lengths;
@@ -243,11 +240,12 @@ tq_status cuda_attention_workspace(const AttentionCall &call, size_t *bytes) {
   return TQ_OK;
 }
 
-tq_status cuda_attention(const AttentionCall &from, void *stream) {
+tq_status cuda_attention(const AttentionCall &from, size_t workspace_bytes, void *stream) {
   const Codec &codec = *from.codec;
   CudaCodec &device = *codec.cuda;
   Plan plan;
   TQKV_TRY(make_plan(from, &plan));
+  TQKV_TRY(check_workspace(from.workspace, workspace_bytes, size_t(plan.bytes)));
   const cuda::AttentionCall &call = plan.call;
   if (call.num_seqs == 0) return TQ_OK;
   const cuda::DeviceScope scope(device.ordinal);

@@ -60,6 +60,14 @@ struct DenseWorkspace {
   }
 };
 
+// The caller's rows as kernels want them; strides in elements.
+inline cuda::Rows device_rows(const void *data, int type, int64_t token_stride, int64_t head_stride) {
+  const int64_t element = type_bytes(type);
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && token_stride * element % 16 == 0 &&
+                       head_stride * element % 16 == 0;
+  return {const_cast<void *>(data), token_stride, head_stride, type, aligned};
+}
+
 // What a CUDA codec owns on its device.
 class CudaCodec {
  public:
@@ -99,10 +107,7 @@ class Run {
     cuda::VectorSide &v = call_.side[i];
     v.side = cuda_.params[side.side];
     v.counts_slots = i == 0;
-    const int64_t element = type_bytes(type);
-    v.rows = {const_cast<void *>(rows), token_stride, head_stride, type, 0};
-    v.rows.aligned = reinterpret_cast<uintptr_t>(rows) % 16 == 0 && token_stride * element % 16 == 0 &&
-                     head_stride * element % 16 == 0;
+    v.rows = device_rows(rows, type, token_stride, head_stride);
     return v;
   }
 
