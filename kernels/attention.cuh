@@ -842,7 +842,7 @@ class WarpRows {
     if (most == kMinusInfinity) most = most_score;  // no value, but a weight
     int rise = 0;
     const bool change = (unset || look || outlier) && most != kMinusInfinity;
-    if (change) rise = __float2int_ru(most + expected - 16);
+    if (change) rise = __float2int_rn(ceilf(most + expected - 16));
     uint32_t sum = row_weights();
     if (!unset && sum >= kMostSum / 2) {
       rise = max(rise, 4);
@@ -1075,6 +1075,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 #pragma unroll 1
     for (int i = 0; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
       const ListedItem &listed = shared.items[i];
+      __syncwarp();  // all lanes know i
       if (lane == 0) shared.current[warp] = i;
       __syncwarp();
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
