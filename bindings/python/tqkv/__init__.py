@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libtqkv: compressed key/value caches for language models, and attention over the compressed pages."""
+
+from ._cache import Batch, PagedCache
+from ._codec import (
+    BoundAttention,
+    Build,
+    Codec,
+    FaultCounts,
+    Faults,
+    Info,
+    Layout,
+    Pages,
+    SideInfo,
+    build_info,
+    device_count,
+    presets,
+)
+from ._lib import (
+    CudaError,
+    FingerprintMismatch,
+    InternalError,
+    InvalidArgument,
+    InvalidType,
+    LibraryNotFound,
+    NoDevice,
+    NotSupported,
+    OutOfBlocks,
+    OutOfMemory,
+    ParseError,
+    TqError,
+    library_path,
+)
+
+__all__ = [
+    "Batch",
+    "BoundAttention",
+    "Build",
+    "Codec",
+    "CudaError",
+    "FaultCounts",
+    "Faults",
+    "FingerprintMismatch",
+    "Info",
+    "InternalError",
+    "InvalidArgument",
+    "InvalidType",
+    "Layout",
+    "LibraryNotFound",
+    "NoDevice",
+    "NotSupported",
+    "OutOfBlocks",
+    "OutOfMemory",
+    "PagedCache",
+    "Pages",
+    "ParseError",
+    "SideInfo",
+    "TqError",
+    "build_info",
+    "device_count",
+    "library_path",
+    "presets",
+]
