@@ -14,7 +14,6 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, DynamicCache  # noqa: E402
 
 import tqkv  # noqa: E402
-from tqkv import hf  # noqa: E402
 from tqkv.hf import TqCache  # noqa: E402
 
 pytestmark = pytest.mark.transformers
@@ -56,9 +55,13 @@ def build(kind: str, device: str, head_dim: int = 64, heads: int = 4, kv_heads: 
     elif kind == "mistral":
         config = t.MistralConfig(**common, sliding_window=24, **more)
     elif kind == "gemma2":
-        config = t.Gemma2Config(**common, sliding_window=24, attn_logit_softcapping=5.0, query_pre_attn_scalar=head_dim, **more)
+        config = t.Gemma2Config(
+            **common, sliding_window=24, attn_logit_softcapping=5.0, query_pre_attn_scalar=head_dim, **more
+        )
     elif kind == "gemma3":
-        config = t.Gemma3TextConfig(**common, sliding_window=24, sliding_window_pattern=2, query_pre_attn_scalar=head_dim, **more)
+        config = t.Gemma3TextConfig(
+            **common, sliding_window=24, sliding_window_pattern=2, query_pre_attn_scalar=head_dim, **more
+        )
     elif kind == "gpt_oss":
         config = t.GptOssConfig(**common, sliding_window=24, num_local_experts=2, num_experts_per_tok=1, **more)
     else:
@@ -124,7 +127,9 @@ class Oracle:
         position = torch.arange(self.seen, device=query.device)
         at = position[self.seen - tokens :]
         starts = cache.starts.long()[:, None]
-        exact = (position > self.seen - tokens - cache.exact_recent_tokens) | (position - starts < cache.exact_first_tokens)
+        exact = (position > self.seen - tokens - cache.exact_recent_tokens) | (
+            position - starts < cache.exact_first_tokens
+        )
         exact = (exact & layer.exact)[:, None, :, None]
         k = torch.where(exact, self.parts[0], self.parts[2])
         v = torch.where(exact, self.parts[1], self.parts[3])
@@ -143,7 +148,9 @@ class Oracle:
             x = torch.cat([x, sinks.double().view(1, -1, 1, 1).expand(*x.shape[:3], 1)], 3)
         want = (x.softmax(-1)[..., : self.seen] @ v).transpose(1, 2)
         shown = (at >= starts)[:, :, None, None]  # what padding attends to means nothing
-        error = ((out.double() - want) * shown).nan_to_num(0).norm() / (want * shown).nan_to_num(0).norm().clamp_min(1e-9)
+        error = ((out.double() - want) * shown).nan_to_num(0).norm() / (want * shown).nan_to_num(0).norm().clamp_min(
+            1e-9
+        )
         assert torch.isfinite(out).all()
         CheckedCache.worst = max(CheckedCache.worst, error.item())
         CheckedCache.calls += 1
@@ -176,6 +183,7 @@ class CheckedCache(TqCache):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.oracles = {layer.index: Oracle() for layer in self._kv}
+        self.observer = lambda layer, *call: self.oracles[layer.index].check(layer, *call)
 
     def reset(self):
         super().reset()
@@ -202,20 +210,7 @@ class CheckedCache(TqCache):
 
 
 @pytest.fixture(autouse=True)
-def checked(monkeypatch):
-    name = hf._implementation("eager")
-    attention = hf.AttentionInterface._global_mapping[name]
-
-    def check(module, query, key, value, mask, **kwargs):
-        out, weights = attention(module, query, key, value, mask, **kwargs)
-        layer = getattr(key, "_tq_layer", None)
-        if layer is not None and isinstance(layer.cache, CheckedCache) and not layer.cache._capturing:
-            window = mask.window if mask is not None else kwargs.get("sliding_window")
-            settings = (kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux"), window)
-            layer.cache.oracles[layer.index].check(layer, query, key, value, settings, out)
-        return out, weights
-
-    monkeypatch.setitem(hf.AttentionInterface._global_mapping, name, check)
+def checked():
     CheckedCache.worst, CheckedCache.calls = 0.0, 0
     yield
     if CheckedCache.calls:
@@ -303,7 +298,9 @@ def test_padding_changes_nothing(device):
     padded, alone = (CheckedCache.for_model(model, "raw", key_offset=None) for _ in range(2))
     for a, b in ((0, 40), (40, 41), (41, 60)):
         with torch.no_grad():
-            got = model(ids[:, a:b], past_key_values=padded, attention_mask=mask[:, :b], position_ids=position[:, a:b]).logits
+            got = model(
+                ids[:, a:b], past_key_values=padded, attention_mask=mask[:, :b], position_ids=position[:, a:b]
+            ).logits
             want = model(ids[1:, max(a, 20) : b], past_key_values=alone).logits
         close(got[1:, max(0, 20 - a) :], want, 1e-3)
 
@@ -398,7 +395,9 @@ def test_generation_with_every_preset(preset, device):
     assert model.generate(tokens, max_new_tokens=4, past_key_values=mine, **greedy).shape == (2, 56)
 
     torch.manual_seed(0)
-    sampled = model.generate(ids, max_new_tokens=6, do_sample=True, temperature=0.7, past_key_values=cache(), pad_token_id=0)
+    sampled = model.generate(
+        ids, max_new_tokens=6, do_sample=True, temperature=0.7, past_key_values=cache(), pad_token_id=0
+    )
     assert sampled.shape == (2, 46)
 
     beams = model.generate(ids, max_new_tokens=20, num_beams=3, past_key_values=cache(), **greedy)
@@ -406,7 +405,10 @@ def test_generation_with_every_preset(preset, device):
 
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
-    assert model.generate(ids, attention_mask=mask, max_new_tokens=8, past_key_values=cache(), **greedy).shape == (2, 48)
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=8, past_key_values=cache(), **greedy).shape == (
+        2,
+        48,
+    )
 
     assisted = model.generate(
         ids[:1].repeat(1, 2), max_new_tokens=12, prompt_lookup_num_tokens=4, past_key_values=cache(), **greedy
@@ -439,7 +441,9 @@ def test_chunked_prefill(device):
 def test_assistant_model(device):
     model, assistant = build("llama", device, layers=2), build("llama", device, layers=1)
     cache = CheckedCache.for_model(model)
-    got = model.generate(prompt(1, 40, device), max_new_tokens=20, do_sample=False, assistant_model=assistant, past_key_values=cache)
+    got = model.generate(
+        prompt(1, 40, device), max_new_tokens=20, do_sample=False, assistant_model=assistant, past_key_values=cache
+    )
     assert got.shape == (1, 60)
 
 
@@ -509,7 +513,9 @@ def test_refusals(device):
     with pytest.raises(tqkv.NotSupported, match="registered attention function"):
         step(other, cache, ids)
     with pytest.raises(tqkv.NotSupported, match="chunked"):
-        TqCache(transformers.LlamaConfig(num_hidden_layers=1, layer_types=["chunked_attention"], attention_chunk_size=16))
+        TqCache(
+            transformers.LlamaConfig(num_hidden_layers=1, layer_types=["chunked_attention"], attention_chunk_size=16)
+        )
     with pytest.raises(tqkv.NotSupported, match="encoder-decoder"):
         TqCache(transformers.T5Config())
     with pytest.raises(tqkv.InvalidArgument, match="key_offset"):
@@ -577,7 +583,10 @@ def test_decode_steps_do_not_synchronise():
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 model(
-                    ids[:, i : i + 1], past_key_values=cache, position_ids=position[:, i : i + 1], attention_mask=mask[:, : i + 1]
+                    ids[:, i : i + 1],
+                    past_key_values=cache,
+                    position_ids=position[:, i : i + 1],
+                    attention_mask=mask[:, : i + 1],
                 )
             finally:
                 torch.cuda.set_sync_debug_mode("default") if i == 89 else None

@@ -81,6 +81,11 @@ class _Tables:
         self.limit = None if window is None else _blocks(window + rollback) + 1
         self.layers: list[TqLayer] = []
         self.rows = self.ring = self.columns = self.shared = 0
+        self.table: Any = None
+        self.owned: Any = None
+        self.spare: Any = None
+        self.step_slots: Any = None
+        self.chunk_slots: Any = None
         self.moved = False  # whether a block may be elsewhere than a new table has it
 
     @property
@@ -98,7 +103,8 @@ class _Tables:
         live = columns_all[max(0, used - old_ring) : used]
         same = select is None and rows == old_rows
         simple = same and not self.moved
-        sources = targets = None
+        sources: Any = None
+        targets: Any = None
         if old_table is not None and live.numel() > 0 and not simple:
             picked = old_table if select is None else old_table.index_select(0, select)
             sources = picked.index_select(1, live).reshape(-1)
@@ -170,7 +176,7 @@ class _Tables:
 # ------------------------------------------------------------------------------------------------------- layers --
 
 
-class TqLayer(CacheLayerMixin):
+class TqLayer(CacheLayerMixin):  # type: ignore[misc]
     """One attention layer of a TqCache."""
 
     is_croppable = True
@@ -185,8 +191,14 @@ class TqLayer(CacheLayerMixin):
         self.raw = raw
         self.seen = 0
         self.codec: Any = None
-        self.offset: torch.Tensor | None = None
-        self._calls: list[tuple[Any, Any, int]] = []
+        self.tables: Any = None
+        self.pool: Any = None
+        self.exact_pool: Any = None
+        self.exact = False
+        self.keys: Any = None
+        self.values: Any = None
+        self.offset: Any = None
+        self._calls: list[tuple[Any, ...]] = []
         self._bound: Any = None
         self._sinks: Any = None
         self._sinks_of: Any = None
@@ -315,9 +327,11 @@ class TqLayer(CacheLayerMixin):
     def _offset_pointer(self, row: int) -> int | None:
         if self.offset is None:
             return None
-        return self.offset.data_ptr() + (row * self.offset.stride(0) * 4 if self.offset.shape[0] > 1 else 0)
+        return int(self.offset.data_ptr()) + (row * self.offset.stride(0) * 4 if self.offset.shape[0] > 1 else 0)
 
-    def _store_args(self, row: int, count: int, tokens: int, slots: torch.Tensor, exact_slots: torch.Tensor | None) -> Any:
+    def _store_args(
+        self, row: int, count: int, tokens: int, slots: torch.Tensor, exact_slots: torch.Tensor | None
+    ) -> Any:
         args = new(_lib.StoreArgs, num_tokens=count * tokens)
         args.pages = ctypes.pointer(self.pages)
         args.slots = slots.data_ptr() + row * tokens * 8
@@ -432,8 +446,6 @@ class TqLayer(CacheLayerMixin):
         v, v_token, v_head = self._rows(v)
         item = q.element_size()
         before = cache.seen - tokens
-        if before == 0:
-            self.learn_offset(k)
         plain = (
             before == 0
             and not cache.padded
@@ -461,6 +473,18 @@ class TqLayer(CacheLayerMixin):
             check(functions.paged_attention(self.handle, ctypes.byref(args)))
         if plain:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+        self.store(k, v)
+        return out
+
+    def store(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores a chunk [rows, kv heads, tokens, channels], the step's."""
+        cache = self.cache
+        self.keys = self.values = None
+        tokens, item = k.shape[2], k.element_size()
+        k, k_token, k_head = self._rows(k)
+        v, v_token, v_head = self._rows(v)
+        if cache.seen == tokens:
+            self.learn_offset(k)
         slots, exact_slots = self.tables.chunk_slots, cache.exact_chunk_slots
         for row, count in self._spans():
             store = self._store_args(row, count, tokens, slots, exact_slots)
@@ -470,7 +494,6 @@ class TqLayer(CacheLayerMixin):
             store.v_token_stride, store.v_head_stride = v_token, v_head
             self._workspaces(None, store)
             check(functions.cache_store(self.handle, ctypes.byref(store)))
-        return out
 
     def _attention_support(self, row: int, count: int, q: torch.Tensor, settings: Any) -> None:
         size = ctypes.c_size_t()
@@ -541,13 +564,15 @@ class TqGraph:
 
     def replay(self) -> Any:
         if self._epoch != self._cache._epoch:
-            raise InvalidArgument("the cache was reallocated since the graph was captured; make it with max_tokens and capture again")
+            raise InvalidArgument(
+                "the cache was reallocated since the graph was captured; make it with max_tokens and capture again"
+            )
         self._cache._advance(self._tokens)
         self._graph.replay()
         return self.result
 
 
-class TqCache(Cache):
+class TqCache(Cache):  # type: ignore[misc]
     """A cache whose keys and values are compressed; pass it as `past_key_values`.
 
     preset: of the library, "k4v4" to "k2v2", or "raw". k_bits and v_bits override its bits.
@@ -606,7 +631,9 @@ class TqCache(Cache):
         self.groups: dict[int | None, _Tables] = {}
         for i, (kind, window) in enumerate(zip(kinds, windows, strict=True)):
             if kind != "attention":
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](number_of_states=getattr(config, "number_of_conv_states", 1)))
+                layers.append(
+                    DYNAMIC_LAYER_TYPE_MAPPING[kind](number_of_states=getattr(config, "number_of_conv_states", 1))
+                )
                 continue
             layer = TqLayer(self, i, window, self.kv_layers.index(i) in raw)
             layer.tables = self.groups.setdefault(window, _Tables(window, rollback_tokens))
@@ -626,13 +653,16 @@ class TqCache(Cache):
         self._exact_low = 0  # the exact ring holds the tokens from here on
         self._coded_high = 0  # the most tokens there were, before crops: rings hold what follows from it
         self._epoch = 0  # counts reallocations
+        self.observer: Callable[..., None] | None = None
+        """Called after each attention call with the layer, queries, keys, values, (scale, soft cap, sinks, window), output."""
         self._pending: TqLayer | None = None
         self._masked: tuple[int, int] | None = None
         self._starts_given: torch.Tensor | None = None
         self._had_starts = False
         self._capturing = False
         self.stream = 0
-        self._work: torch.Tensor | None = None
+        self._work: Any = None
+        self.starts: Any = None
         self._bad_mask: Any = None
         self._bad_mask_host: Any = None
 
@@ -653,11 +683,11 @@ class TqCache(Cache):
         skip = -memory.data_ptr() % 256
         return memory[skip : skip + count]
 
-    def _workspace(self, size: int) -> int | None:
+    def _workspace(self, size: int) -> int:
         if self._work is None or self._work.numel() < size:
             self._work = self._bytes(size + size // 4)
             self._epoch += 1
-        return self._work.data_ptr()
+        return int(self._work.data_ptr())
 
     def _stream(self) -> int:
         return torch_stream(self.device.index) if self.device.type == "cuda" else 0
@@ -739,7 +769,9 @@ class TqCache(Cache):
 
     def cumulative(self, tokens: int) -> torch.Tensor:
         if tokens not in self._cumulative:
-            self._cumulative[tokens] = torch.arange(0, (self.rows + 1) * tokens, tokens, dtype=torch.int32, device=self.device)
+            self._cumulative[tokens] = torch.arange(
+                0, (self.rows + 1) * tokens, tokens, dtype=torch.int32, device=self.device
+            )
         return self._cumulative[tokens]
 
     def in_first_blocks(self, positions: torch.Tensor) -> torch.Tensor:
@@ -763,6 +795,12 @@ class TqCache(Cache):
         """Of one sequence's token in all layers, without exact copies."""
         return sum(layer.codec.bytes_per_token for layer in self._kv if layer.is_initialized)
 
+    def exact_bytes_per_sequence(self) -> int:
+        """Of the exact copies, in all layers."""
+        return sum(
+            self.exact_blocks * layer.exact_block_bytes for layer in self._kv if layer.is_initialized and layer.exact
+        )
+
     def faults(self) -> _lib.Faults:
         """Faults that the library counted; waits for the device."""
         if self.device is None:
@@ -776,7 +814,7 @@ class TqCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer = self.layers[layer_idx]
         if type(layer) is not TqLayer:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
         if self._pending is not None:
             raise NotSupported(
                 f"layer {self._pending.index} did not attend through the registered attention function; "
@@ -786,14 +824,18 @@ class TqCache(Cache):
         if layer.seen == self.seen:
             self._begin(key_states)
         if layer.seen + tokens != self.seen:
-            raise InvalidArgument(f"layer {layer_idx} gets {tokens} tokens after {layer.seen}; the cache is at {self.seen}")
+            raise InvalidArgument(
+                f"layer {layer_idx} gets {tokens} tokens after {layer.seen}; the cache is at {self.seen}"
+            )
         if key_states.device != self.device:
-            raise NotSupported(f"layer {layer_idx} is on {key_states.device}, the cache on {self.device}: one cache has one device")
+            raise NotSupported(
+                f"layer {layer_idx} is on {key_states.device}, the cache on {self.device}: one cache has one device"
+            )
         if not layer.is_initialized:
             layer.prepare(key_states, value_states)
         layer.seen += tokens
         layer.keys, layer.values = key_states, value_states
-        key_states._tq_layer = layer  # type: ignore[attr-defined]
+        key_states._tq_layer = layer
         self._pending = layer
         return key_states, value_states
 
@@ -856,7 +898,9 @@ class TqCache(Cache):
             return
         total = self.seen + tokens
         if mask.ndim != 2 or mask.shape[1] < total:
-            raise InvalidArgument(f"attention_mask has shape {list(mask.shape)}; it must cover all {total} tokens so far")
+            raise InvalidArgument(
+                f"attention_mask has shape {list(mask.shape)}; it must cover all {total} tokens so far"
+            )
         mask = mask[:, :total].to(torch.bool)
         positions = torch.arange(total, device=mask.device)
         if self.seen == 0:
@@ -984,18 +1028,20 @@ class TqCache(Cache):
                 self._exact_low = needed
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.seen:
-            self.batch_select_indices(torch.arange(self.rows, device=self.device).repeat_interleave(repeats))
         for layer in self._others():
             layer.batch_repeat_interleave(repeats)
+        if self.seen:
+            self._select(torch.arange(self.rows, device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         for layer in self._others():
             layer.batch_select_indices(indices)
         if self.seen:
-            rows = torch.arange(self.rows, device=self.device)[indices.to(self.device)]
-            self._allocate_rows(rows.shape[0], rows)
-            self._masked = None
+            self._select(torch.arange(self.rows, device=self.device)[indices.to(self.device)])
+
+    def _select(self, rows: torch.Tensor) -> None:
+        self._allocate_rows(rows.shape[0], rows)
+        self._masked = None
 
     # ---- CUDA graphs
 
@@ -1007,7 +1053,9 @@ class TqCache(Cache):
         needs max_tokens and a prompt. The step runs once for warming up, and is taken back.
         """
         if self.max_tokens is None or self.seen == 0 or self.device.type != "cuda" or self._others():
-            raise InvalidArgument("a step is captured on CUDA, of a cache with max_tokens that holds a prompt, of attention layers alone")
+            raise InvalidArgument(
+                "a step is captured on CUDA, of a cache with max_tokens that holds a prompt, of attention layers alone"
+            )
         self._capturing = True
         try:
             side = torch.cuda.Stream(self.device)
@@ -1035,7 +1083,9 @@ class TqCache(Cache):
             layer.seen = self.seen
 
 
-_NOT_PADDING = "attention_mask masks more than tokens left of a sequence, the same in every step; only left padding is supported"
+_NOT_PADDING = (
+    "attention_mask masks more than tokens left of a sequence, the same in every step; only left padding is supported"
+)
 
 
 def _layer_kinds(config: Any) -> tuple[list[str], list[int | None]]:
@@ -1043,7 +1093,9 @@ def _layer_kinds(config: Any) -> tuple[list[str], list[int | None]]:
     if getattr(config, "is_encoder_decoder", False):
         raise NotSupported("encoder-decoder models have no TqCache")
     if getattr(config, "num_kv_shared_layers", None):
-        raise NotSupported(f"layers that share another one's keys and values (num_kv_shared_layers {config.num_kv_shared_layers})")
+        raise NotSupported(
+            f"layers that share another one's keys and values (num_kv_shared_layers {config.num_kv_shared_layers})"
+        )
     types, options = get_layer_types_and_kwargs(config)
     kinds: list[str] = []
     windows: list[int | None] = []
@@ -1074,7 +1126,9 @@ def _chosen_layers(count: int, first: int, last: int, listed: Iterable[int]) -> 
 
 
 def _free_variables(function: Any) -> dict[str, Any]:
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
+    return dict(
+        zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True)
+    )
 
 
 def _window_of(mask_function: Any) -> int | None:
@@ -1088,13 +1142,15 @@ def _window_of(mask_function: Any) -> int | None:
             code = getattr(parts[0], "__code__", None)
             if code is sliding_window_overlay(1).__code__:
                 return int(_free_variables(parts[0])["sliding_window"])
-            if code is chunked_overlay(1, None).__code__:  # type: ignore[arg-type]
+            if code is chunked_overlay(1, None).__code__:
                 raise NotSupported("chunked attention masks; only causal ones, with or without a sliding window")
     name = getattr(mask_function, "__qualname__", repr(mask_function))
     raise NotSupported(f"the attention mask {name}; only causal ones, with or without a sliding window")
 
 
-def _mask(base: str, batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, *args: Any, **kwargs: Any) -> Any:
+def _mask(
+    base: str, batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, *args: Any, **kwargs: Any
+) -> Any:
     cache = getattr(q_offset, "cache", None)
     if cache is None:
         fallback = ALL_MASK_ATTENTION_FUNCTIONS[base]
@@ -1121,13 +1177,17 @@ def _attention(
             raise NotSupported(f"{type(module).__name__} attends to other keys than its cache returned")
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         fallback = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
-        return fallback(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return fallback(  # type: ignore[no-any-return]
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     cache = layer.cache
     cache._pending = None
     window = kwargs.get("sliding_window")
     if attention_mask is not None:
         if type(attention_mask) is not _Mask:
-            raise NotSupported("an attention mask of its own; only causal ones, with or without a sliding window, and left padding")
+            raise NotSupported(
+                "an attention mask of its own; only causal ones, with or without a sliding window, and left padding"
+            )
         window = attention_mask.window
     if layer.window is not None and (window is None or window > layer.window):
         raise NotSupported(f"layer {layer.index} attends over {window or 'all'} tokens; its cache keeps {layer.window}")
@@ -1138,10 +1198,11 @@ def _attention(
         raise NotSupported(f"{type(module).__name__} is not causal")
     if kwargs.get("position_bias") is not None:
         raise NotSupported("a bias of attention scores by position")
-    sinks = kwargs.get("s_aux")
-    if sinks is not None:
-        sinks = layer.sinks(sinks)
-    return layer.attend(query, (scaling, kwargs.get("softcap"), sinks, window)), None
+    soft_cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    out = layer.attend(query, (scaling, soft_cap, None if sinks is None else layer.sinks(sinks), window))
+    if cache.observer is not None:
+        cache.observer(layer, query, key, value, (scaling, soft_cap, sinks, window), out)
+    return out, None
 
 
 _implementations: dict[str, str] = {}

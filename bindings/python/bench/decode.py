@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps of a model of Llama-3.1-8B's shape with random weights, over compressed pages and over a dense cache.
+
+    python decode.py [--batch 16] [--context 32768] [--preset k4v4] [--json OUT.json]
+
+Attention alone (store and paged attention of all layers, against bf16 SDPA of all layers over a dense cache, each as one
+replayed CUDA graph over memory far larger than L2), then whole steps of the model on TqCache (a captured graph, and eager), and
+the bytes of both caches. The dense cache of all layers would not fit beside the model: SDPA's layers take turns on as many
+as fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tqkv.hf import TqCache
+
+
+def timed(run, repeats: int = 20) -> float:
+    """Median milliseconds."""
+    times = []
+    for i in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graph_of(run):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+@torch.no_grad()
+def fill(cache: TqCache, batch: int, context: int, kv_heads: int, head_dim: int) -> None:
+    """Random tokens in every layer."""
+    k = torch.randn(batch, context, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+    v = torch.randn(batch, context, kv_heads, head_dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+    for layer in cache._kv:
+        layer.store(*cache.update(k, v, layer.index))
+        cache._pending = None
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--preset", default="k4v4")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--json")
+    a = parser.parse_args()
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=a.layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rope_theta=500000.0,
+    )  # fmt: skip
+    heads, kv_heads, dim = 32, 8, 128
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "batch": a.batch,
+        "context": a.context,
+        "preset": a.preset,
+        "layers": a.layers,
+    }
+    q = torch.randn(a.batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda")
+    new = torch.randn(a.batch, kv_heads, 1, dim, dtype=torch.bfloat16, device="cuda")
+
+    # ---- SDPA over dense caches
+    layer_bytes = 2 * a.batch * kv_heads * a.context * dim * 2
+    free = torch.cuda.mem_get_info()[0]
+    held = min(a.layers, max(2, int((free - (8 << 30)) // layer_bytes)), 8)
+    dense = [
+        torch.randn(2, a.batch, kv_heads, a.context, dim, dtype=torch.bfloat16, device="cuda") for _ in range(held)
+    ]
+    kernels = {}
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    for name, backends in (
+        ("default", None),
+        ("flash", [SDPBackend.FLASH_ATTENTION]),
+        ("cudnn", [SDPBackend.CUDNN_ATTENTION]),
+        ("efficient", [SDPBackend.EFFICIENT_ATTENTION]),
+    ):
+
+        def sdpa(backends=backends):
+            for i in range(a.layers):
+                kv = dense[i % held]
+                # A step writes its token, too.
+                kv[0, :, :, -1:].copy_(new)
+                kv[1, :, :, -1:].copy_(new)
+                if backends is None:
+                    F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
+                else:
+                    with sdpa_kernel(backends):
+                        F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
+
+        try:
+            kernels[name] = timed(graph_of(sdpa).replay)
+        except RuntimeError as error:
+            kernels[name] = None
+            print(name, str(error).splitlines()[0])
+    result["sdpa_ms"] = kernels
+    del dense
+    torch.cuda.empty_cache()
+
+    # ---- the model on compressed pages
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    cache = TqCache.for_model(model, a.preset, max_tokens=a.context + 256)
+    fill(cache, a.batch, a.context, kv_heads, dim)
+    result["cache_bytes"] = cache.nbytes()
+    result["dense_cache_bytes"] = a.layers * layer_bytes
+    layers = [(layer, new.clone()) for layer in cache._kv]
+
+    def attention():
+        for layer, key in layers:
+            key, value = cache.update(key, new, layer.index)
+            cache._pending = None
+            layer.attend(q, (None, None, None, None))
+
+    graph = cache.capture(attention)
+    result["attention_ms"] = timed(graph.replay)
+    result["attention_share_of_sdpa"] = result["attention_ms"] / min(t for t in kernels.values() if t)
+    result["attention_share_of_default_sdpa"] = (
+        result["attention_ms"] / kernels["default"] if kernels["default"] else None
+    )
+    start = time.perf_counter()
+    for _ in range(20):
+        attention()
+    result["attention_python_us_per_layer"] = (time.perf_counter() - start) / 20 / a.layers * 1e6
+    torch.cuda.synchronize()
+
+    token = torch.zeros(a.batch, 1, dtype=torch.long, device="cuda")
+
+    def step():
+        return model(token, past_key_values=cache, position_ids=cache.position[None].expand(a.batch, 1)).logits
+
+    graph = cache.capture(step)
+    result["step_graph_ms"] = timed(graph.replay)
+    result["step_eager_ms"] = timed(step, 10)
+    result["weights_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    result["faults"] = cache.faults().first
+    for key, value in result.items():
+        print(f"{key:32s} {value}")
+    if a.json:
+        with open(a.json, "w") as f:
+            json.dump(result, f, indent=1)
+
+
+if __name__ == "__main__":
+    main()
