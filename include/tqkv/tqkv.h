@@ -666,7 +666,8 @@ typedef struct tq_recommend_result {
  * max_bytes_per_token alone the smallest output error within it. "raw" is considered last, for nothing else meets a
  * target. Figures hold for this sample: a recommendation for a model wants one for each layer, from text like its users'.
  *
- * `json` as in tq_plan: the recommendation, "statistics", every candidate with its figures, and "reasons", sentences.
+ * `json` as in tq_plan (16384 bytes are enough): the recommendation, "statistics", every candidate with its figures, and
+ * "reasons", sentences.
  * Errors: NULL_POINTER, MISALIGNED, UNKNOWN_ENUM, OVERFLOW; NOT_SUPPORTED (a head_dim that no Hadamard matrix has);
  * INVALID_ARGUMENT (ranges; a NaN or an infinity, naming its token and head; json_capacity). */
 TQKV_API tq_status tq_recommend(const tq_recommend_args *args, tq_recommend_result *result, char *json,

@@ -79,5 +79,9 @@ def test_constants(compiled: dict[str, dict[str, int]]) -> None:
 def test_every_struct_of_the_header_is_known() -> None:
     if not HEADER.exists():
         pytest.skip("the tests are not in the source tree: there is no tqkv.h")
-    declared = {line.split()[2] for line in HEADER.read_text().splitlines() if line.startswith("typedef struct tq_") and line.endswith("{")}
+    declared = {
+        line.split()[2]
+        for line in HEADER.read_text().splitlines()
+        if line.startswith("typedef struct tq_") and line.endswith("{")
+    }
     assert declared == set(STRUCTS)

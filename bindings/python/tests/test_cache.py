@@ -326,7 +326,11 @@ def test_refused_calls(codec, random):
             tqkv.InvalidType,
             "lengths is i64; it must be i32",
         ),
-        (lambda: codec.attention(q[:1], k, batch.block_table, batch.lengths), tqkv.InvalidType, "it must be tqkv.Pages"),
+        (
+            lambda: codec.attention(q[:1], k, batch.block_table, batch.lengths),
+            tqkv.InvalidType,
+            "it must be tqkv.Pages",
+        ),
         (
             lambda: codec.store(k, k, other.pages[0], batch.slots),
             tqkv.FingerprintMismatch,

@@ -114,7 +114,9 @@ def test_raw_sides_have_no_scales(random):
 def test_options_of_one_side(random):
     levels = np.array([-2.0, -0.5, 0.5, 2.0], np.float32)
     matrix = np.linalg.qr(random.standard_normal((16, 16)))[0].astype(np.float32)
-    codec = tqkv.Codec(head_dim=16, k={"bits": 2, "levels": levels}, v={"bits": 3, "matrix": matrix, "scale_type": "f32"})
+    codec = tqkv.Codec(
+        head_dim=16, k={"bits": 2, "levels": levels}, v={"bits": 3, "matrix": matrix, "scale_type": "f32"}
+    )
     assert (codec.info.k.codebook, codec.info.v.rotation) == ("custom", "custom")
     assert codec.info.v.scale_type == "f32"
     assert codec.encode(np.zeros((2, 16), np.float32), "v")[1].dtype == np.float32
@@ -158,7 +160,11 @@ def test_refused_arrays(codec, random):
         (lambda: codec.encode(np.broadcast_to(x[:1], (4, 64))), tqkv.InvalidArgument, "x has strides"),
         (lambda: codec.encode(x, "q"), tqkv.InvalidArgument, "side is 'q'"),
         (lambda: codec.encode(x, codes=locked), tqkv.InvalidArgument, "codes is read-only"),
-        (lambda: codec.encode(x, codes=OnlyDlpack(np.zeros((3, 32), np.uint8))), tqkv.InvalidArgument, "codes has shape"),
+        (
+            lambda: codec.encode(x, codes=OnlyDlpack(np.zeros((3, 32), np.uint8))),
+            tqkv.InvalidArgument,
+            "codes has shape",
+        ),
         (lambda: codec.encode(x, codes=np.zeros((4, 32), np.int8)), tqkv.InvalidType, "codes is i8"),
         (lambda: codec.decode(codes), tqkv.InvalidArgument, "scales is None"),
         (lambda: codec.decode(codes, scales[:3]), tqkv.InvalidArgument, r"scales has shape \[3\]"),

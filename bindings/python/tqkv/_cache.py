@@ -499,6 +499,7 @@ class Batch:
         self._host: dict[str, np.ndarray[Any, Any]] = {}
         self._device: dict[str, Any] = {}
         self._table_rows: list[list[int] | None] = []
+        self.has_starts = self.one_token_each = False
         empty = np.empty(0, np.int64)
         self._publish(empty, empty)
 
@@ -621,6 +622,8 @@ class Batch:
         host["lengths"][:] = [f.length for f in found]
         host["starts"][:] = [f.start for f in found]
         host["cu_seqlens_q"][1:] = np.cumsum(self.counts, dtype=np.int32)
+        self.has_starts = any(f.start for f in found)
+        self.one_token_each = all(count == 1 for count in self.counts)
         changed = False
         rows = [f.blocks + f.exact for f in found]
         for i, f in enumerate(found):
@@ -663,11 +666,3 @@ class Batch:
     @property
     def exact_table(self) -> Any:
         return self._device["exact_table"]
-
-    @property
-    def has_starts(self) -> bool:
-        return bool(self._host["starts"].any())
-
-    @property
-    def one_token_each(self) -> bool:
-        return all(count == 1 for count in self.counts)

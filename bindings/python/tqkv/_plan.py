@@ -76,7 +76,9 @@ def plan(
         if hasattr(config, "to_dict"):
             config = config.to_dict()
         if not isinstance(config, Mapping):
-            raise InvalidType(f"config is a {type(config).__name__}; it must be a path, a mapping or a Hugging Face config")
+            raise InvalidType(
+                f"config is a {type(config).__name__}; it must be a path, a mapping or a Hugging Face config"
+            )
         text = json.dumps(dict(config), default=str).encode()
     args = new(
         _lib.PlanArgs,
@@ -92,7 +94,7 @@ def plan(
     )
     result = new(_lib.PlanResult)
     details = _with_json(functions.plan, args, result, 1 << 16)
-    return Plan(*(getattr(result, name) for name, *_ in _lib.PlanResult._fields_[1:]), details)
+    return Plan(**{name: getattr(result, name) for name, *_ in _lib.PlanResult._fields_[1:]}, details=details)
 
 
 @dataclass(frozen=True)
