@@ -31,6 +31,7 @@ from ._lib import (
     TqError,
     library_path,
 )
+from ._plan import Plan, Recommendation, Validation, plan, recommend, validate
 
 __all__ = [
     "Batch",
@@ -54,10 +55,16 @@ __all__ = [
     "PagedCache",
     "Pages",
     "ParseError",
+    "Plan",
+    "Recommendation",
     "SideInfo",
     "TqError",
+    "Validation",
     "build_info",
     "device_count",
     "library_path",
+    "plan",
     "presets",
+    "recommend",
+    "validate",
 ]

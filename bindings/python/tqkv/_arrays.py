@@ -44,7 +44,7 @@ def type_name(dtype: Any, name: str = "dtype") -> str:
 class View:
     """Where an array is and what it holds; `owner` keeps it alive. Strides are in elements."""
 
-    __slots__ = ("dtype", "device", "library", "owner", "pointer", "readonly", "shape", "stream", "strides")
+    __slots__ = ("device", "dtype", "library", "owner", "pointer", "readonly", "shape", "stream", "strides")
 
     def __init__(
         self,
@@ -238,6 +238,30 @@ def _interface_view(interface: dict[str, Any], device: Device, library: str, x: 
     return view
 
 
+_numpy_types: dict[Any, str] = {}
+
+
+def _numpy_view(x: np.ndarray[Any, Any], name: str) -> View:
+    dtype = _numpy_types.get(x.dtype)
+    if dtype is None or type(x) is not np.ndarray:  # masked arrays, and what is refused
+        found = _interface_view(x.__array_interface__, ("cpu", 0), "numpy", x, name)
+        if not isinstance(x, np.ma.MaskedArray):
+            _numpy_types[x.dtype] = found.dtype
+            return found
+        raise InvalidArgument(f"{name} is a masked array")
+    item, strides = ITEM_BYTES[dtype], x.strides
+    if item > 1:
+        for s, n in zip(strides, x.shape, strict=True):
+            if s % item and n > 1:
+                raise InvalidArgument(
+                    f"{name} has strides of {strides} bytes, no multiples of its {item}-byte elements"
+                )
+        strides = tuple(s // item for s in strides)
+    return View(
+        x.__array_interface__["data"][0], x.shape, strides, dtype, ("cpu", 0), "numpy", x, not x.flags.writeable
+    )
+
+
 def _cuda_ordinal(x: Any) -> int:
     device = getattr(x, "device", None)
     ordinal = getattr(device, "id", None)
@@ -248,7 +272,7 @@ def view(x: Any, name: str, dtype: str | None = None, stream: int | None = None)
     """Looks at an array. `dtype` says what 16-bit integers hold; `stream` is the one that will read the array."""
     torch = sys.modules.get("torch")
     if isinstance(x, np.ndarray):
-        found = _interface_view(x.__array_interface__, ("cpu", 0), "numpy", x, name)
+        found = _numpy_view(x, name)
     elif torch is not None and isinstance(x, torch.Tensor):
         found = _torch_view(torch, x, name)
     else:
@@ -296,23 +320,24 @@ def array(
         raise InvalidType(f"{name} is {found.dtype}; it must be {' or '.join(dtypes)}{hint}")
     if writable and found.readonly:
         raise InvalidArgument(f"{name} is read-only; it is written to")
-    if shape is not None and (
-        len(shape) != len(found.shape)
-        or any(want is not None and want != has for want, has in zip(shape, found.shape, strict=True))
-    ):
+    fits = shape is None or len(shape) == len(found.shape)
+    if fits and shape is not None:
+        for want, has in zip(shape, found.shape, strict=True):
+            if want is not None and want != has:
+                fits = False
+    if shape is not None and not fits:
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
         raise InvalidArgument(f"{name} has shape {list(found.shape)}; it must be [{wanted}]")
-    if found.size > 0:
-        packed = _packed(found.shape)
-        # The stride of a dimension of one element says nothing.
-        strides = tuple(p if n == 1 else s for s, p, n in zip(found.strides, packed, found.shape, strict=True))
-        if any(s <= 0 for s in strides):
-            raise InvalidArgument(f"{name} has strides {list(found.strides)}; they must be above zero")
-        if strides and strides[-1] != 1:
-            raise InvalidArgument(f"{name} has a last stride of {strides[-1]} elements; it must be 1")
-        found.strides = strides
-    else:
-        found.strides = _packed(found.shape)
+    packed = _packed(found.shape)
+    if found.strides != packed:
+        if 0 not in found.shape:
+            # The stride of a dimension of one element says nothing.
+            packed = tuple(p if n == 1 else s for s, p, n in zip(found.strides, packed, found.shape, strict=True))
+            if min(packed) <= 0:
+                raise InvalidArgument(f"{name} has strides {list(found.strides)}; they must be above zero")
+            if packed[-1] != 1:
+                raise InvalidArgument(f"{name} has a last stride of {packed[-1]} elements; it must be 1")
+        found.strides = packed
     return found
 
 

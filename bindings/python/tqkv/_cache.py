@@ -432,7 +432,10 @@ class PagedCache:
         self.library.upload(memory, np.ascontiguousarray(values).view(np.uint8).reshape(-1))
         return self.library.reinterpret(memory, 0, values.shape, _arrays.type_name(values.dtype))
 
-    def _attention_options(self, batch: Batch, layer: int, options: dict[str, Any]) -> dict[str, Any]:
+    def _attention_options(self, q: Any, batch: Batch, layer: int, options: dict[str, Any]) -> dict[str, Any]:
+        tokens = getattr(q, "shape", (batch.num_tokens,))[0]
+        if tokens != batch.num_tokens:
+            raise InvalidArgument(f"q has {tokens} tokens; the batch's last append had {batch.num_tokens}")
         options.setdefault("causal", True)
         options.setdefault("key_offset", self._key_offsets[self._layer(layer)])
         options.setdefault("window_tokens", self.window_tokens)
@@ -452,13 +455,13 @@ class PagedCache:
         """Attention of the tokens of the batch's last append, q [tokens, q_heads, head_dim_k], over their sequences. All
         options of Codec.attention; causal by default; table, lengths, starts, window, exact pages and key offset are the
         cache's."""
-        options = self._attention_options(batch, layer, options)
+        options = self._attention_options(q, batch, layer, options)
         return self.codec.attention(q, self.pages[layer], batch.block_table, batch.lengths, **options)
 
     def bind_attention(self, q: Any, batch: Batch, layer: int = 0, **options: Any) -> BoundAttention:
         """The same call with its pointers set once; see Codec.bind_attention. It holds as long as the batch's arrays stay
         where they are (`batch.generation`): give the batch a max_length and max_new_tokens."""
-        options = self._attention_options(batch, layer, options)
+        options = self._attention_options(q, batch, layer, options)
         return self.codec.bind_attention(q, self.pages[layer], batch.block_table, batch.lengths, **options)
 
     def new_faults(self) -> Faults:
@@ -496,6 +499,7 @@ class Batch:
         self._host: dict[str, np.ndarray[Any, Any]] = {}
         self._device: dict[str, Any] = {}
         self._table_rows: list[list[int] | None] = []
+        self.has_starts = self.one_token_each = False
         empty = np.empty(0, np.int64)
         self._publish(empty, empty)
 
@@ -618,6 +622,8 @@ class Batch:
         host["lengths"][:] = [f.length for f in found]
         host["starts"][:] = [f.start for f in found]
         host["cu_seqlens_q"][1:] = np.cumsum(self.counts, dtype=np.int32)
+        self.has_starts = any(f.start for f in found)
+        self.one_token_each = all(count == 1 for count in self.counts)
         changed = False
         rows = [f.blocks + f.exact for f in found]
         for i, f in enumerate(found):
@@ -660,11 +666,3 @@ class Batch:
     @property
     def exact_table(self) -> Any:
         return self._device["exact_table"]
-
-    @property
-    def has_starts(self) -> bool:
-        return bool(self._host["starts"].any())
-
-    @property
-    def one_token_each(self) -> bool:
-        return all(count == 1 for count in self.counts)

@@ -402,6 +402,53 @@ class PlanResult(ctypes.Structure):
     ]
 
 
+class RecommendArgs(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("type", c_int32),
+        ("num_tokens", c_int64),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_token_stride", c_int64),
+        ("k_head_stride", c_int64),
+        ("v_token_stride", c_int64),
+        ("v_head_stride", c_int64),
+        ("q", c_void_p),
+        ("num_queries", c_int64),
+        ("q_token_stride", c_int64),
+        ("q_head_stride", c_int64),
+        ("kv_heads", c_int32),
+        ("q_heads", c_int32),
+        ("head_dim_k", c_int32),
+        ("head_dim_v", c_int32),
+        ("scale", c_float),
+        ("threads", c_int32),
+        ("max_output_error", c_double),
+        ("max_kl", c_double),
+        ("max_bytes_per_token", c_double),
+        ("context_tokens", c_int64),
+        ("exact_first_tokens", c_int32),
+        ("exact_recent_tokens", c_int32),
+        ("seed", c_uint64),
+    ]
+
+
+class RecommendResult(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("meets_targets", c_int32),
+        ("preset", c_char * 16),
+        ("use_key_offset", c_int32),
+        ("exact_first_tokens", c_int32),
+        ("exact_recent_tokens", c_int32),
+        ("outlier_channels", c_int32),
+        ("output_error", c_double),
+        ("kl", c_double),
+        ("bytes_per_token", c_double),
+        ("key_mean_share", c_double),
+    ]
+
+
 # Names of the structs above in the header.
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "tq_build": Build,
@@ -422,6 +469,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "tq_merge_args": MergeArgs,
     "tq_plan_args": PlanArgs,
     "tq_plan_result": PlanResult,
+    "tq_recommend_args": RecommendArgs,
+    "tq_recommend_result": RecommendResult,
 }
 
 _status = c_int32
@@ -461,6 +510,7 @@ class Api(ctypes.Structure):
         ("paged_attention", CFUNCTYPE(_status, _codec, POINTER(AttentionArgs))),
         ("merge_states", CFUNCTYPE(_status, _codec, POINTER(MergeArgs))),
         ("plan", CFUNCTYPE(_status, POINTER(PlanArgs), POINTER(PlanResult), _text, c_size_t, _size)),
+        ("recommend", CFUNCTYPE(_status, POINTER(RecommendArgs), POINTER(RecommendResult), _text, c_size_t, _size)),
     ]
 
 
@@ -566,7 +616,7 @@ def _candidates() -> list[str]:
     names = ["libtqkv.dylib", "libtqkv.1.dylib"] if sys.platform == "darwin" else ["libtqkv.so", "libtqkv.so.1"]
     here = Path(__file__).resolve().parent
     found = [str(here / name) for name in names if (here / name).exists()]
-    return found + [names[1]]  # the wheel's, else the system's
+    return [*found, names[1]]  # the wheel's, else the system's
 
 
 class _Loaded:
