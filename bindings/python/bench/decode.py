@@ -3,10 +3,9 @@
 
     python decode.py [--batch 16] [--context 32768] [--preset k4v4] [--json OUT.json]
 
-Attention alone (store and paged attention of all layers, against bf16 SDPA of all layers over a dense cache, each as one
-replayed CUDA graph over memory far larger than L2), then whole steps of the model on TqCache (a captured graph, and eager), and
-the bytes of both caches. The dense cache of all layers would not fit beside the model: SDPA's layers take turns on as many
-as fit.
+Attention alone: store and paged attention of all layers, against bf16 SDPA of all layers over a dense cache, each as
+one replayed CUDA graph, over memory far larger than L2. SDPA's layers take turns on as many dense caches as fit. Then
+whole steps of the model on a TqCache, as a captured graph and eager, and the bytes of both caches.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tqkv.hf import TqCache
@@ -60,6 +61,36 @@ def fill(cache: TqCache, batch: int, context: int, kv_heads: int, head_dim: int)
 
 
 @torch.no_grad()
+def sdpa_times(layers: int, q: torch.Tensor, new: torch.Tensor, context: int) -> dict[str, float | None]:
+    """Milliseconds of a step's SDPA in all layers, by backend; None: refused."""
+    batch, kv_heads, _, dim = new.shape
+    layer_bytes = 2 * batch * kv_heads * context * dim * 2
+    held = max(2, min(layers, 8, int((torch.cuda.mem_get_info()[0] - (8 << 30)) // layer_bytes)))
+    dense = [torch.randn(2, batch, kv_heads, context, dim, dtype=torch.bfloat16, device="cuda") for _ in range(held)]
+    times: dict[str, float | None] = {}
+    for name, backend in (
+        ("default", None),
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+    ):
+
+        def run(backend=backend):
+            for i in range(layers):
+                k, v = dense[i % held]
+                k[:, :, -1:].copy_(new)  # a step writes its token, too
+                v[:, :, -1:].copy_(new)
+                with nullcontext() if backend is None else sdpa_kernel([backend]):
+                    F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        try:
+            times[name] = timed(graph_of(run).replay)
+        except RuntimeError as error:
+            times[name] = None
+            print(name, str(error).splitlines()[0])
+    return times
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=16)
@@ -69,8 +100,8 @@ def main() -> None:
     parser.add_argument("--json")
     a = parser.parse_args()
     config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=a.layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rope_theta=500000.0,
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=a.layers,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rope_theta=500000.0,
     )  # fmt: skip
     heads, kv_heads, dim = 32, 8, 128
     result = {
@@ -83,42 +114,7 @@ def main() -> None:
     q = torch.randn(a.batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda")
     new = torch.randn(a.batch, kv_heads, 1, dim, dtype=torch.bfloat16, device="cuda")
 
-    # ---- SDPA over dense caches
-    layer_bytes = 2 * a.batch * kv_heads * a.context * dim * 2
-    free = torch.cuda.mem_get_info()[0]
-    held = min(a.layers, max(2, int((free - (8 << 30)) // layer_bytes)), 8)
-    dense = [
-        torch.randn(2, a.batch, kv_heads, a.context, dim, dtype=torch.bfloat16, device="cuda") for _ in range(held)
-    ]
-    kernels = {}
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    for name, backends in (
-        ("default", None),
-        ("flash", [SDPBackend.FLASH_ATTENTION]),
-        ("cudnn", [SDPBackend.CUDNN_ATTENTION]),
-        ("efficient", [SDPBackend.EFFICIENT_ATTENTION]),
-    ):
-
-        def sdpa(backends=backends):
-            for i in range(a.layers):
-                kv = dense[i % held]
-                # A step writes its token, too.
-                kv[0, :, :, -1:].copy_(new)
-                kv[1, :, :, -1:].copy_(new)
-                if backends is None:
-                    F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
-                else:
-                    with sdpa_kernel(backends):
-                        F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=True)
-
-        try:
-            kernels[name] = timed(graph_of(sdpa).replay)
-        except RuntimeError as error:
-            kernels[name] = None
-            print(name, str(error).splitlines()[0])
-    result["sdpa_ms"] = kernels
-    del dense
+    result["sdpa_ms"] = kernels = sdpa_times(a.layers, q, new, a.context)
     torch.cuda.empty_cache()
 
     # ---- the model on compressed pages
@@ -128,12 +124,12 @@ def main() -> None:
     cache = TqCache.for_model(model, a.preset, max_tokens=a.context + 256)
     fill(cache, a.batch, a.context, kv_heads, dim)
     result["cache_bytes"] = cache.nbytes()
-    result["dense_cache_bytes"] = a.layers * layer_bytes
+    result["dense_cache_bytes"] = a.layers * 4 * a.batch * kv_heads * a.context * dim
     layers = [(layer, new.clone()) for layer in cache._kv]
 
     def attention():
         for layer, key in layers:
-            key, value = cache.update(key, new, layer.index)
+            cache.update(key, new, layer.index)
             cache._pending = None
             layer.attend(q, (None, None, None, None))
 

@@ -7,6 +7,7 @@ Without a folder: a small model with random weights, so that the example runs an
 """
 
 import argparse
+from contextlib import suppress
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -30,10 +31,8 @@ if a.model is None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device)
 else:
     model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.bfloat16).to(device)
-    try:
+    with suppress(OSError, ValueError):  # a model of bytes has none
         tokenizer = AutoTokenizer.from_pretrained(a.model)
-    except (OSError, ValueError):
-        pass  # a model of bytes
 if tokenizer is None:
     ids = torch.tensor([list(a.prompt.encode())], device=device)
 else:

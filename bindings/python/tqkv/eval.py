@@ -3,13 +3,13 @@
 
     python -m tqkv.eval --model DIR --text FILE [--presets k4v4,k3v3/plain] [--json OUT.json] [--plots DIR]
 
-The text is cut into windows of --context tokens. A window's first half goes in as a prompt; its second half is scored one
-token a step, each over the compressed history, against the model with an uncompressed cache: KL divergence of the next
-token's distribution, changed top choices, bits per byte (perplexity where a token is not a byte). Then needles: facts hidden
-at all depths of a context, asked for at its end.
+The text is cut into windows of --context tokens. A window's first half goes in as a prompt; its second half is scored
+one token a step, each over the compressed history, against the model with an uncompressed cache: KL divergence of the
+next token's distribution, changed top choices, bits per byte (perplexity where a token is not a byte). Then needles:
+facts hidden at all depths of a context, asked for at its end.
 
-A preset stands for itself with a key offset, the first 4 and the last 128 tokens exact; PRESET/offset for itself with the key
-offset, PRESET/plain for itself alone. "kXvY" gives other bits.
+A preset stands for itself with a key offset, the first 4 and the last 128 tokens exact; PRESET/offset for itself with
+the key offset, PRESET/plain for itself alone. "kXvY" gives other bits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from . import _lib
 from .hf import TqCache
 
 _PRESETS = "k4v4,k4v3,k3v3,k4v2,k3v2,k2v2,k4v4/plain,k3v3/plain,k2v2/plain"
-_NAMES = "Ada Boris Clara Dmitri Elena Farid Greta Hugo Irene Jonas".split()
+_NAMES = ["Ada", "Boris", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Irene", "Jonas"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -51,7 +51,7 @@ class Text:
             )
 
     @property
-    def bytes(self) -> bool:
+    def is_bytes(self) -> bool:
         return self.tokenizer is None
 
     def encode(self, text: bytes) -> list[int]:
@@ -74,7 +74,7 @@ def cache_options(scheme: str, first: int = 4, recent: int = 128, offset: str = 
     name, _, kind = scheme.partition("/")
     if kind not in ("", "offset", "plain"):
         raise _lib.InvalidArgument(f"{scheme!r}: after the preset comes nothing, /offset or /plain")
-    known = set()
+    known: set[str] = set()
     while (preset := _lib.functions.preset_name(len(known))) is not None:
         known.add(preset.decode())
     options: dict[str, Any] = {"preset": name}
@@ -101,13 +101,13 @@ class Runner:
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
         self._graph: Any = None
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def start(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits after the last of the prompt's tokens [rows, vocabulary]."""
         self.cache.reset()
         return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _step(self) -> torch.Tensor:
         position = self.cache.position[None].expand(self.token.shape[0], 1)
         return self.model(self.token, past_key_values=self.cache, position_ids=position).logits[:, -1]
@@ -123,14 +123,15 @@ class Runner:
 
 
 def divergence(base: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """KL(base, logits), whether the top choice changed, and -log p of the targets, each [...]. `base`: log-probabilities."""
+    """KL(base, logits), whether the top choice changed, and -log p of the targets, each [...]. `base`:
+    log-probabilities."""
     new = logits.float().log_softmax(-1)
     kl = (base.exp() * (base - new)).sum(-1)
     flips = base.argmax(-1) != new.argmax(-1)
     return kl, flips, F.nll_loss(new.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def base_scores(model: Any, ids: torch.Tensor, half: int) -> torch.Tensor:
     """Log-probabilities of the second half's tokens with nothing compressed [rows, tokens - half, vocabulary]."""
     rows = []
@@ -163,8 +164,9 @@ def score(
 
 
 def needles(text: Text, body: list[int], count: int, tokens: int, seed: int = 11) -> Iterator[tuple[list[int], int]]:
-    """Contexts of `tokens` tokens that state three numbers among other text and end with a question for one of them and its
-    answer; with the number of the answer's tokens. The fact asked for is at depth (i + 1/2) / count of context i."""
+    """Contexts of `tokens` tokens that state three numbers among other text and end with a question for one of them and
+    its answer; with the number of the answer's tokens. The fact asked for is at depth (i + 1/2) / count of context
+    i."""
     r = random.Random(seed)
     for j in range(count):
         who = r.sample(_NAMES, 3)
@@ -172,7 +174,7 @@ def needles(text: Text, body: list[int], count: int, tokens: int, seed: int = 11
         question = text.encode(f"\nQuestion: what is the secret number of {who[0]}? Answer:".encode())
         both = text.encode(f"\nQuestion: what is the secret number of {who[0]}? Answer: {numbers[who[0]]}".encode())
         skip = next((i for i, (a, b) in enumerate(zip(question, both, strict=False)) if a != b), len(question))
-        answer = both[skip:][1:] if text.bytes else both[skip:]  # a byte's answer begins after the space
+        answer = both[skip:][1:] if text.is_bytes else both[skip:]  # a byte's answer begins after the space
         facts = [text.encode(f"\nThe secret number of {name} is {numbers[name]}.\n".encode()) for name in who]
         room = tokens - len(both) - sum(map(len, facts))
         if room < 2 or room >= len(body):
@@ -190,7 +192,7 @@ def needles(text: Text, body: list[int], count: int, tokens: int, seed: int = 11
         yield context + hay[last:] + both, len(answer)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def recall(
     model: Any,
     contexts: list[tuple[list[int], int]],
@@ -222,7 +224,7 @@ def recall(
     return found
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def decode_speed(model: Any, ids: torch.Tensor, cache: Any, steps: int = 32) -> float:
     """Tokens a second of plain decode steps of model(...), as generate() makes them."""
     model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
@@ -361,7 +363,8 @@ def evaluate(
 def table(result: dict[str, Any], bytes_are_tokens: bool) -> str:
     unit = "bits/byte" if bytes_are_tokens else "perplexity"
     lines = [
-        f"{'scheme':14s} {'bytes/token':>11s} {'mean KL':>9s} {'p99 KL':>8s} {'flips':>7s} {unit:>10s} {'needles':>8s} {'tokens/s':>9s}"
+        f"{'scheme':14s} {'bytes/token':>11s} {'mean KL':>9s} {'p99 KL':>8s} {'flips':>7s} {unit:>10s}"
+        f" {'needles':>8s} {'tokens/s':>9s}"
     ]
     for row in result["rows"]:
         value = row["bits_per_byte"] if bytes_are_tokens else row["perplexity"]
@@ -470,7 +473,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (_lib.TqError, OSError) as error:
         print(f"tqkv.eval: {error}", file=sys.stderr)
         return 1
-    print(table(result, text.bytes))
+    print(table(result, text.is_bytes))
     if a.json:
         with open(a.json, "w") as f:
             json.dump(result, f, indent=1)

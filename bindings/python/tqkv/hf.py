@@ -5,12 +5,12 @@
     model.generate(**inputs, past_key_values=cache)
 
 `for_model` switches the model to an attention function that reads a TqCache's pages; with any other cache, or none, the
-model runs as before. A step's own prompt tokens are read as they are and stored compressed; a decode step stores its token
-and attends to pages alone.
+model runs as before. A step's own prompt tokens are read as they are and stored compressed; a decode step stores its
+token and attends to pages alone.
 
-All layers share one block table (layers with a sliding window have one of their own, a ring). Tables, lengths and slots are
-device memory that is updated in place by kernels that read no host value, so a decode step can be captured as a CUDA graph
-(`TqCache.capture`).
+All layers share one block table (layers with a sliding window have one of their own, a ring). Tables, lengths and slots
+are device memory that is updated in place by kernels that read no host value, so a decode step can be captured as a
+CUDA graph (`TqCache.capture`).
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def _codec(**options: Any) -> Codec:
 class _Tables:
     """Block table of the layers that keep the same tokens: all of them, or those of a window.
 
-    Each row (sequence) owns `ring` blocks of every layer's pool, numbered by `owned`. Column c of the table (tokens 16 c to
-    16 c + 15) is written in the block owned[:, c % ring]; without a window ring counts all columns. Beams share: a reordering
-    permutes the table's finished columns, and copies the unfinished one to the spare blocks, which then change roles with
-    those that held it. Columns before `shared` may name blocks of other rows.
+    Each row (sequence) owns `ring` blocks of every layer's pool, numbered by `owned`. Column c of the table (tokens 16
+    c to 16 c + 15) is written in the block owned[:, c % ring]; without a window ring counts all columns. Beams share: a
+    reordering permutes the table's finished columns, and copies the unfinished one to the spare blocks, which then
+    change roles with those that held it. Columns before `shared` may name blocks of other rows.
     """
 
     def __init__(self, window: int | None, rollback: int):
         self.window = window
-        # The ring holds the window of the next query, its own token, and what a crop may take back. A block is used again as
-        # a whole, so one more.
+        # The ring holds the window of the next query, its own token, and what a crop may take back. A block is used
+        # again as a whole, so one more.
         self.limit = None if window is None else _blocks(window + rollback) + 1
         self.layers: list[TqLayer] = []
         self.rows = self.ring = self.columns = self.shared = 0
@@ -312,7 +312,7 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _rows(self, x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """[rows, heads, tokens, channels] as rows * tokens tokens: the tensor, token and head stride."""
-        rows, _, tokens, channels = x.shape
+        rows, _, tokens, _ = x.shape
         if x.stride(3) != 1 or (rows > 1 and tokens > 1 and x.stride(0) != tokens * x.stride(2)):
             x = x.transpose(1, 2).contiguous().transpose(1, 2)
         return x, x.stride(0) if tokens == 1 else x.stride(2), x.stride(1)
@@ -577,14 +577,14 @@ class TqCache(Cache):  # type: ignore[misc]
 
     preset: of the library, "k4v4" to "k2v2", or "raw". k_bits and v_bits override its bits.
     exact_first_tokens, exact_recent_tokens: tokens of each sequence that are read uncompressed, besides their codes.
-    key_offset: what is subtracted from the keys before coding, per kv head: the mean of the first chunk's keys, over the whole
-        batch ("batch"), or of each sequence ("sequence": slower, sequences are then attended to one by one), or nothing (None).
-        It is frozen after the first chunk; a first chunk of less than 32 tokens leaves it at zero.
-    raw_first_layers, raw_last_layers, raw_layers: layers kept uncompressed, counted among those that have keys and values;
-        indices below zero count from the end.
+    key_offset: what is subtracted from the keys before coding, per kv head: the mean of the first chunk's keys, over
+        the whole batch ("batch"), or of each sequence ("sequence": slower, sequences are then attended to one by one),
+        or nothing (None). It is frozen after the first chunk; a first chunk of less than 32 tokens leaves it at zero.
+    raw_first_layers, raw_last_layers, raw_layers: layers kept uncompressed, counted among those that have keys and
+        values; indices below zero count from the end.
     max_tokens: allocate for so many tokens at once, and refuse more; memory then never moves. None: grow.
-    rollback_tokens: how far a crop may go back without loss: behind it recent exact tokens come back at coded precision, and
-        a layer with a sliding window cannot go.
+    rollback_tokens: how far a crop may go back without loss: behind it recent exact tokens come back at coded
+        precision, and a layer with a sliding window cannot go.
     seed: of the rotations.
     """
 
@@ -654,7 +654,8 @@ class TqCache(Cache):  # type: ignore[misc]
         self._coded_high = 0  # the most tokens there were, before crops: rings hold what follows from it
         self._epoch = 0  # counts reallocations
         self.observer: Callable[..., None] | None = None
-        """Called after each attention call with the layer, queries, keys, values, (scale, soft cap, sinks, window), output."""
+        """Called after each attention call with the layer, queries, keys, values, (scale, soft cap, sinks, window),
+        output."""
         self._pending: TqLayer | None = None
         self._masked: tuple[int, int] | None = None
         self._starts_given: torch.Tensor | None = None
@@ -789,7 +790,7 @@ class TqCache(Cache):  # type: ignore[misc]
         for layer in self._kv:
             if layer.is_initialized:
                 total += layer.pool.numel() + (layer.exact_pool.numel() if layer.exact else 0)
-        return total
+        return int(total)
 
     def bytes_per_token(self) -> int:
         """Of one sequence's token in all layers, without exact copies."""
@@ -892,8 +893,9 @@ class TqCache(Cache):  # type: ignore[misc]
         self._coded_high = max(self._coded_high, end)
 
     def _see_mask(self, mask: torch.Tensor | None, tokens: int) -> None:
-        """A step's padding mask [rows, tokens so far], True where a token counts. Only left padding is possible, and it is
-        the first step's. Later masks are compared on the device; on CUDA the answer is read when the next one comes."""
+        """A step's padding mask [rows, tokens so far], True where a token counts. Only left padding is possible, and it
+        is the first step's. Later masks are compared on the device; on CUDA the answer is read when the next one
+        comes."""
         if mask is None or self._masked == (self.seen, tokens):
             return
         total = self.seen + tokens
@@ -1049,8 +1051,8 @@ class TqCache(Cache):  # type: ignore[misc]
         """Captures step(), which runs the model once with this cache on `tokens` tokens a sequence, as a CUDA graph.
 
         The step reads its input from tensors that the caller refills, and its positions from a tensor too, perhaps
-        `cache.position`, which holds the number of tokens so far when a step begins. It passes no attention_mask. The cache
-        needs max_tokens and a prompt. The step runs once for warming up, and is taken back.
+        `cache.position`, which holds the number of tokens so far when a step begins. It passes no attention_mask. The
+        cache needs max_tokens and a prompt. The step runs once for warming up, and is taken back.
         """
         if self.max_tokens is None or self.seen == 0 or self.device.type != "cuda" or self._others():
             raise InvalidArgument(

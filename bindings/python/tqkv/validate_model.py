@@ -3,10 +3,10 @@
 
     python -m tqkv.validate_model --model DIR --text FILE [--preset k4v4] [--json OUT.json]
 
-Per layer: the cosine between the keys and values of a prompt and their decoded codes, and the relative error of attention
-outputs over compressed pages against the same queries over uncompressed keys and values. Then the model writes on with an
-uncompressed cache, and the compressed one is fed that text token by token: how often would it have written the same?
-Exit code 0 where all thresholds hold, 1 where one does not, 2 where the model cannot run.
+Per layer: the cosine between the keys and values of a prompt and their decoded codes, and the relative error of
+attention outputs over compressed pages against the same queries over uncompressed keys and values. Then the model
+writes on with an uncompressed cache, and the compressed one is fed that text token by token: how often would it have
+written the same? Exit code 0 where all thresholds hold, 1 where one does not, 2 where the model cannot run.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _Settings = tuple[float | None, float | None, torch.Tensor | None, int | None]
 def dense_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, settings: _Settings
 ) -> torch.Tensor:
-    """Attention of the last queries over all keys in double precision: [rows, heads, tokens, channels] each; the result is
-    [rows, tokens, heads, channels]."""
+    """Attention of the last queries over all keys in double precision: [rows, heads, tokens, channels] each; the result
+    is [rows, tokens, heads, channels]."""
     scale, soft_cap, sinks, window = settings
     total, tokens = key.shape[2], query.shape[2]
     group = query.shape[1] // key.shape[1]
@@ -92,7 +92,7 @@ class _LayerError:
         return float(torch.nn.functional.cosine_similarity(x.double(), back.double(), dim=-1).mean())
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def validate(
     model: Any, ids: list[int], options: dict[str, Any], *, prompt: int, new_tokens: int, quiet: bool = False
 ) -> dict[str, Any]:
