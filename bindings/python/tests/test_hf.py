@@ -194,13 +194,10 @@ class CheckedCache(TqCache):
         for oracle in self.oracles.values():
             oracle.rows(beam_idx)
 
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)  # selects
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
+    def _select(self, rows):
+        super()._select(rows)
         for oracle in self.oracles.values():
-            oracle.rows(indices)
+            oracle.rows(rows)
 
     def crop(self, tokens_to_remove):
         low = self._exact_low
