@@ -384,7 +384,9 @@ class Recommender {
     sentences.push_back("The keys' mean is " + number(100 * statistics_.key_mean_share) +
                         "% of their energy; a key offset takes " + what + " from " +
                         number(statistics_.figure_without) + " to " + number(statistics_.figure_with) +
-                        (use_offset_ ? ", so it is used." : ", a gain of less than a tenth, so it is not used."));
+                        (!use_offset_    ? ", a gain of less than a tenth, so it is not used."
+                         : chosen.offset ? ", so it is used."
+                                         : ", but raw keys need none."));
     if (!has_queries()) {
       sentences.push_back("No queries were given, so attention was not measured and exact copies not considered.");
     } else if (exact_considered_) {

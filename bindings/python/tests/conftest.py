@@ -10,6 +10,8 @@ import secrets
 import numpy as np
 import pytest
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take the device for itself
+
 import tqkv
 
 SEED = int(os.environ.get("TQKV_TEST_SEED") or secrets.randbits(63))

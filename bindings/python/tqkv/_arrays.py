@@ -21,7 +21,10 @@ from ._lib import InvalidArgument, InvalidType, NotSupported
 
 Device = tuple[str, int]  # ("cpu", 0) or ("cuda", ordinal)
 
-ITEM_BYTES = {"f64": 8, "f32": 4, "f16": 2, "bf16": 2, "u8": 1, "i8": 1, "u16": 2, "i16": 2, "i32": 4, "i64": 8, "u64": 8, "u32": 4, "bool": 1}  # fmt: skip
+ITEM_BYTES = {
+    "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1,
+    "u64": 8, "u32": 4, "u16": 2, "u8": 1, "bool": 1,
+}  # fmt: skip
 _NUMPY_NAMES = {
     "float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8", "int8": "i8",
     "uint16": "u16", "int16": "i16", "uint32": "u32", "int32": "i32", "uint64": "u64", "int64": "i64", "bool": "bool",

@@ -439,6 +439,7 @@ class PagedCache:
         options.setdefault("causal", True)
         options.setdefault("key_offset", self._key_offsets[self._layer(layer)])
         options.setdefault("window_tokens", self.window_tokens)
+        options.setdefault("max_length_tokens", batch.max_length)
         if batch.has_starts:
             options.setdefault("starts", batch.starts)
         if not batch.one_token_each:
@@ -494,7 +495,7 @@ class Batch:
         self._columns = self._exact_columns = self._max_tokens = 0
         self.generation = 0
         self.num_tokens = 0
-        self.max_q_len = 0
+        self.max_q_len = self.max_length = 0
         self.counts = [0] * len(self.sequences)
         self._host: dict[str, np.ndarray[Any, Any]] = {}
         self._device: dict[str, Any] = {}
@@ -615,6 +616,8 @@ class Batch:
         self._reserve(len(slots), max([f.length for f in found], default=0))
         host = self._host
         self.num_tokens, self.max_q_len = len(slots), max(self.counts, default=0)
+        # The host's bound on lengths: a fixed one where calls are to be captured and replayed.
+        self.max_length = self._fixed_length or max([f.length for f in found], default=0)
         host["slots"][: len(slots)] = slots
         host["slots"][len(slots) :] = _NONE
         host["exact_slots"][: len(exact_slots)] = exact_slots
