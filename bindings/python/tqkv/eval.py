@@ -15,6 +15,7 @@ the key offset, PRESET/plain for itself alone. "kXvY" gives other bits.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -321,6 +322,7 @@ def evaluate(
         dense = sum(layer.kv_heads * (layer.head_dim_k + layer.head_dim_v) * item for layer in caches[schemes[0]]._kv)
         runners.clear()
         caches.clear()
+        gc.collect()  # a cache and its layers know each other
         dtype = str(model.dtype).removeprefix("torch.")
         found = recall(model, contexts, needle_rows, None, bar.update) if contexts else []
         speed = decode_speed(model, speed_ids, DynamicCache(config=model.config))
@@ -332,6 +334,7 @@ def evaluate(
             if options["key_offset"] is not None:
                 options["key_offset"] = "batch"  # one call for all sequences
             speed = decode_speed(model, speed_ids, TqCache.for_model(model, **options))
+            gc.collect()
             coded, exact = sizes[name]
             rows.append(
                 row(
