@@ -255,6 +255,49 @@ def test_steps_see_what_pages_mean(kind, device):
     assert CheckedCache.calls == 56 * 4
 
 
+HYBRID = dict(
+    vocab_size=160,
+    hidden_size=128,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    eos_token_id=None,
+)
+LINEAR = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    "config, attention_layers",
+    [
+        (lambda t: t.Lfm2Config(**HYBRID, full_attn_idxs=[1, 3], block_multiple_of=16), 2),
+        (lambda t: t.Qwen3NextConfig(**HYBRID, head_dim=64, **LINEAR, **EXPERTS), 1),
+        (lambda t: t.Cohere2Config(**HYBRID, sliding_window=16), 4),
+        (lambda t: t.GPT2Config(vocab_size=160, n_embd=128, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=None), 2),
+    ],
+    ids=["lfm2", "qwen3_next", "cohere2", "gpt2"],
+)
+def test_other_architectures(config, attention_layers, device):
+    """Layers without keys and values keep transformers' own states."""
+    torch.manual_seed(3)
+    config = config(transformers)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(device)
+    ids = prompt(2, 50, device)
+    cache = CheckedCache.for_model(model, "k4v4", exact_recent_tokens=16)
+    assert len(cache.kv_layers) == attention_layers
+    for a, b in [(0, 40)] + [(i, i + 1) for i in range(40, 50)]:
+        step(model, cache, ids[:, a:b])
+    assert CheckedCache.calls == 11 * attention_layers
+    beams = model.generate(
+        ids, max_new_tokens=5, num_beams=2, do_sample=False, past_key_values=TqCache.for_model(model)
+    )
+    assert beams.shape == (2, 55)
+
+
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(4, 4, 64), (8, 1, 128), (6, 2, 80), (7, 7, 96)])
 def test_any_group_size(heads, kv_heads, head_dim, device):
     model = build("llama", device, head_dim=head_dim, heads=heads, kv_heads=kv_heads, layers=2)

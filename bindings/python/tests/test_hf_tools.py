@@ -71,6 +71,31 @@ def test_eval(folder, capsys):
     assert all(row["scheme"] in printed for row in rows)
 
 
+def test_eval_with_a_tokenizer(folder, tmp_path, capsys):
+    """Tokens are not bytes: perplexity by token, bits by byte, answers of as many tokens as they take."""
+    tokenizers = pytest.importorskip("tokenizers")
+    for name in ("config.json", "model.safetensors", "text.txt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "text.txt").write_bytes(b"the cat sat on the mat and the dog sat on the log. " * 60)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=256, initial_alphabet=sorted(alphabet)[:200])
+    model.train_from_iterator([(tmp_path / "text.txt").read_text()], trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token=None)
+    fast.save_pretrained(tmp_path)
+    out = tmp_path / "eval.json"
+    assert run(tq_eval.main, tmp_path, "--context", "300", "--windows", "1", "--needles", "2", "--json", str(out),
+               "--presets", "k4v4") == 0  # fmt: skip
+    result = json.loads(out.read_text())
+    assert result["scored_bytes"] > 2 * result["scored_tokens"]
+    row = result["rows"][0]
+    bits = row["bits_per_byte"] * result["scored_bytes"] / result["scored_tokens"]
+    assert abs(2**bits / row["perplexity"] - 1) < 1e-3
+    assert "perplexity" in capsys.readouterr().out
+
+
 def test_needles(folder):
     text = tq_eval.Text(str(folder), 256)
     body = text.encode((folder / "text.txt").read_bytes())
