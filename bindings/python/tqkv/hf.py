@@ -65,7 +65,9 @@ def _codec(**options: Any) -> Codec:
     exact ranges on a small model has a KL of .0057 by default, .0035 with unbiased values, .0030 with keys too.
     """
     codec = Codec(**options)
-    rules = {side: {"scale_rule": "unbiased"} for side in ("k", "v") if getattr(codec.info, side).bits <= 2}
+    rules: dict[str, Any] = {
+        side: {"scale_rule": "unbiased"} for side in ("k", "v") if getattr(codec.info, side).bits <= 2
+    }
     if rules:
         codec = Codec(**options, **rules)
     return codec
