@@ -16,7 +16,7 @@ import tqkv
 from tqkv import _lib
 
 
-def microseconds(function, number=2000, rounds=15):
+def microseconds(function, number=500, rounds=9):
     # This thread's processor time: other programs do not count.
     return min(timeit.repeat(function, number=number, repeat=rounds, timer=time.thread_time)) / number * 1e6
 

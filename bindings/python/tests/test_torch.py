@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's tensors on the CPU."""
+"""PyTorch's tensors, on the CPU and on a CUDA device."""
 
 from __future__ import annotations
 
@@ -74,3 +74,44 @@ def test_refused_tensors(torch, codec):
 
 def test_streams_of_the_cpu_are_ignored(torch, codec):
     codec.encode(torch.zeros(4, 64), stream=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("extras", [False, True])
+def test_attention(torch, device, extras):
+    """Ragged sequences, left padding, exact tokens and a key offset, against the definition over what is stored."""
+    heads, dim, first, recent = 2, 64, 4, 32
+    codec = tqkv.Codec("k4v4", head_dim=dim, kv_heads=heads, device=device)
+    options = {"num_exact_blocks": 32, "exact_first_tokens": first, "exact_recent_tokens": recent} if extras else {}
+    cache = tqkv.PagedCache(codec, 64, library="torch", **options)
+    batch = cache.batch([cache.allocate(), cache.allocate(start=3)])
+    offset = None
+    if extras:
+        offset = 3 * torch.randn(heads, dim, device=device)
+        cache.set_key_offset(offset)
+    faults = cache.new_faults()
+    for counts in ([100, 37], [5, 1]):
+        batch.append(counts)
+        k, v = (torch.randn(heads, sum(counts), dim, device=device).bfloat16().transpose(0, 1) for _ in range(2))
+        cache.store(k, v, batch, faults=faults)
+    q = torch.randn(6, 8, dim, device=device).bfloat16()
+    out, lse = cache.attention(q, batch, out_dtype="f32", lse=True, faults=faults)
+    assert out.device == q.device and out.dtype == torch.float32
+    faults.check()
+    for s, rows, position, start in ((0, slice(0, 5), 100, 0), (1, slice(5, 6), 37, 3)):
+        sequence = batch.sequences[s]
+        raw = [x.cpu().numpy() for x in cache.load(sequence)]
+        j = np.arange(cache.length(sequence))
+        slots = np.array(cache.blocks(sequence))[j // 16] * 16 + j % 16
+        slots = torch.from_numpy(slots).to(device)
+        coded = [x.cpu().numpy() for x in codec.load(cache.pages[0], slots, key_offset=offset)]
+        if extras:  # load gives raw what is kept raw, whole blocks; attention reads raw what is in range
+            held = np.array(cache.exact_blocks(sequence))[j // 16] >= 0
+            exact = held & ((j - start < first) | (j > position - recent))
+            coded = [np.where(exact[:, None, None], x, y) for x, y in zip(raw, coded, strict=True)]
+        queries = q[rows].float().cpu().numpy()
+        expected, expected_lse = reference.attention(queries, *coded, first_position=position, start=start)
+        # tqkv.h: within 3e-4 of the exact ones relative to the norm of all; rows may be smaller than others.
+        assert reference.relative_error(out[rows].cpu().numpy(), expected) < 1e-3
+        # Queries are rounded to 16-bit integers: 2^-15 of logits of up to 50 or so with the offset.
+        assert np.allclose(lse[rows].cpu().numpy(), expected_lse, atol=3e-3)

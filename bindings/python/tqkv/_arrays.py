@@ -377,6 +377,26 @@ def device_name(device: Device) -> str:
     return "the CPU" if device[0] == "cpu" else f"CUDA device {device[1]}"
 
 
+def signature(x: Any) -> Any:
+    """What an array of NumPy or PyTorch is but for where it lies: arrays of one signature pass the same checks. None for
+    others."""
+    kind = type(x)
+    if kind is np.ndarray:
+        return x.shape, x.strides, x.dtype, x.flags.writeable
+    torch = sys.modules.get("torch")
+    if torch is not None and kind is torch.Tensor and x.layout is torch.strided:
+        return x.shape, x.stride(), x.dtype, x.device
+    return None
+
+
+def pointer(x: Any, name: str) -> int:
+    """Where an array that has a signature begins."""
+    where: int = x.__array_interface__["data"][0] if type(x) is np.ndarray else x.data_ptr()
+    if where == 0 and 0 not in x.shape:
+        raise InvalidArgument(f"{name} is a tensor whose memory was freed")
+    return where
+
+
 # ------------------------------------------------------------------------------------------------------ streams --
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,9 +11,26 @@ import numpy as np
 
 from . import _arrays
 from ._codec import BoundAttention, Codec, Faults, Pages
-from ._lib import InvalidArgument, OutOfBlocks
+from ._lib import InvalidArgument, OutOfBlocks, check, functions
 
 _NONE = -1
+
+# Options of remembered calls: they decide numbers and pointers that stay as they are.
+_REMEMBERED = frozenset(
+    (
+        "causal",
+        "scale",
+        "soft_cap",
+        "window_tokens",
+        "split_tokens",
+        "sinks",
+        "alibi_slopes",
+        "lse",
+        "out_dtype",
+        "faults",
+    )
+)
+_PLAIN = (bool, int, float, str, type(None))
 
 
 class _Pool:
@@ -119,6 +137,7 @@ class PagedCache:
                 codec.new_pages(num_exact_blocks, "exact", self.library.name) for _ in range(num_layers)
             ]
         self._key_offsets: list[Any] = [None] * num_layers
+        self._key_offset_pointers = [0] * num_layers
         self._stored = [False] * num_layers
         self._pool = _Pool(num_blocks, "coded")
         self._exact_pool = _Pool(num_exact_blocks if self.exact_pages else 0, "exact")
@@ -379,6 +398,9 @@ class PagedCache:
         used by all calls of the layer."""
         if self._stored[self._layer(layer)]:
             raise InvalidArgument(f"layer {layer} has stored keys already; its key offset must stay as it is")
+        shape = (self.codec.kv_heads, self.codec.head_dim_k)
+        on = _arrays.current_stream(self.codec.device_tuple, None, offset)
+        self._key_offset_pointers[layer] = self.codec._vector(offset, "offset", shape, "f32", on, [])
         self._key_offsets[layer] = offset
 
     def key_offset(self, layer: int = 0) -> Any:
@@ -390,14 +412,77 @@ class PagedCache:
         """Sequences that are stored and attended together; see Batch."""
         return Batch(self, sequences, max_length=max_length, max_new_tokens=max_new_tokens)
 
-    def store(self, k: Any, v: Any, batch: Batch, layer: int = 0, **options: Any) -> None:
-        """Stores the tokens of the batch's last append: k [tokens, kv_heads, head_dim_k], v likewise, sequence after
-        sequence. Options: dtype, faults, workspace, stream."""
+    # Between two changes of a batch its layers make the same calls on other memory. The first one is checked in full and
+    # remembered by what decides the checks; later ones only set pointers.
+
+    def _recall(self, batch: Batch, arrays: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+        """The key of a call (None: not to be remembered), and what is remembered of it."""
+        signatures = []
+        for x in arrays:
+            found = _arrays.signature(x)
+            if found is None and x is not None:
+                return None, None
+            signatures.append(found)
+        if not _REMEMBERED.issuperset(options):
+            return None, None
+        # Arrays among the options are the ones that were checked: what is remembered keeps them alive.
+        key = (*signatures, *((name, x if isinstance(x, _PLAIN) else id(x)) for name, x in options.items()))
+        return key, batch._calls.get(key)
+
+    def _set_layer(self, args: Any, layer: int, library: _arrays.Library) -> Any:
+        """Points a remembered call to a layer; returns what must live until the call is made."""
+        args.stream = on = library.stream()
+        args.pages = self.pages[layer].pointer
         if self.exact_pages:
-            options.update(exact_pages=self.exact_pages[self._layer(layer)], exact_slots=batch.exact_slots)
-        self.codec.store(
-            k, v, self.pages[self._layer(layer)], batch.slots, key_offset=self._key_offsets[layer], **options
-        )
+            args.exact_pages = self.exact_pages[layer].pointer
+        args.key_offset = self._key_offset_pointers[layer]
+        if args.workspace_bytes == 0:
+            return None
+        workspace = library.empty((args.workspace_bytes,), "u8", on)
+        args.workspace = _arrays.pointer(workspace, "workspace")
+        return workspace
+
+    def store(
+        self,
+        k: Any,
+        v: Any,
+        batch: Batch,
+        layer: int = 0,
+        *,
+        dtype: Any = None,
+        faults: Faults | None = None,
+        workspace: Any = None,
+        stream: Any = None,
+    ) -> None:
+        """Stores the tokens of the batch's last append: k [tokens, kv_heads, head_dim_k], v likewise, sequence after
+        sequence."""
+        self._layer(layer)
+        key = call = None
+        if dtype is None and workspace is None and stream is None:
+            key, call = self._recall(batch, (k, v), {"faults": faults})
+        if call is not None:
+            args, library, _ = call
+            args.k, args.v = _arrays.pointer(k, "k"), _arrays.pointer(v, "v")
+            memory = self._set_layer(args, layer, library)
+            check(functions.cache_store(self.codec.handle, ctypes.byref(args)))
+            del memory
+        else:
+            args, keep = self.codec._store_args(
+                k,
+                v,
+                self.pages[layer],
+                batch.slots,
+                self.exact_pages[layer] if self.exact_pages else None,
+                batch.exact_slots if self.exact_pages else None,
+                self._key_offsets[layer],
+                dtype,
+                faults,
+                workspace,
+                stream,
+            )
+            check(functions.cache_store(self.codec.handle, ctypes.byref(args)))
+            if key is not None:
+                batch._calls[key] = (args, _arrays.library_of(keep[0], self.codec.device_tuple), faults)
         self._stored[layer] = True
 
     def load(
@@ -456,8 +541,36 @@ class PagedCache:
         """Attention of the tokens of the batch's last append, q [tokens, q_heads, head_dim_k], over their sequences. All
         options of Codec.attention; causal by default; table, lengths, starts, window, exact pages and key offset are the
         cache's."""
-        options = self._attention_options(q, batch, layer, options)
-        return self.codec.attention(q, self.pages[layer], batch.block_table, batch.lengths, **options)
+        self._layer(layer)
+        out = options.get("out")
+        arrays = (q, options.get("k_new"), options.get("v_new"), out)
+        rest = {name: x for name, x in options.items() if name not in ("k_new", "v_new", "out")}
+        key = call = None
+        if isinstance(rest.get("lse"), (bool, type(None))):
+            key, call = self._recall(batch, arrays, rest)
+        if call is None:
+            bound = self.bind_attention(q, batch, layer, **options)
+            check(functions.paged_attention(self.codec.handle, bound.args_pointer))
+            if key is not None:
+                kind = _arrays.view(bound.out, "out").dtype
+                sums = None if bound.lse is None else bound.lse.shape
+                batch._calls[key] = (bound.args, bound.library, bound.out.shape, kind, sums, rest)
+            return bound.out if bound.lse is None else (bound.out, bound.lse)
+        args, library, shape, kind, sums, _ = call
+        for name, x in zip(("q", "k_new", "v_new"), arrays, strict=False):
+            if x is not None:
+                setattr(args, name, _arrays.pointer(x, name))
+        workspace = self._set_layer(args, layer, library)
+        if out is None:
+            out = library.empty(shape, kind, args.stream)
+        args.out = _arrays.pointer(out, "out")
+        lse = None
+        if sums is not None:
+            lse = library.empty(sums, "f32", args.stream)
+            args.lse = _arrays.pointer(lse, "lse")
+        check(functions.paged_attention(self.codec.handle, ctypes.byref(args)))
+        del workspace
+        return out if lse is None else (out, lse)
 
     def bind_attention(self, q: Any, batch: Batch, layer: int = 0, **options: Any) -> BoundAttention:
         """The same call with its pointers set once; see Codec.bind_attention. It holds as long as the batch's arrays stay
@@ -500,6 +613,7 @@ class Batch:
         self._host: dict[str, np.ndarray[Any, Any]] = {}
         self._device: dict[str, Any] = {}
         self._table_rows: list[list[int] | None] = []
+        self._calls: dict[Any, Any] = {}
         self.has_starts = self.one_token_each = False
         empty = np.empty(0, np.int64)
         self._publish(empty, empty)
@@ -612,6 +726,7 @@ class Batch:
 
     def _publish(self, slots: np.ndarray[Any, Any], exact_slots: np.ndarray[Any, Any]) -> None:
         cache = self.cache
+        self._calls.clear()
         found = [cache._sequence(s) for s in self.sequences]
         self._reserve(len(slots), max([f.length for f in found], default=0))
         host = self._host

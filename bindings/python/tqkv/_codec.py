@@ -584,6 +584,26 @@ class Codec:
         stream: Any = None,
     ) -> None:
         """Compresses k [tokens, kv_heads, head_dim_k] and v into `slots`, int64 [tokens], -1 skips; see tq_cache_store."""
+        args, keep = self._store_args(
+            k, v, pages, slots, exact_pages, exact_slots, key_offset, dtype, faults, workspace, stream
+        )
+        check(functions.cache_store(self.handle, ctypes.byref(args)))
+        del keep
+
+    def _store_args(
+        self,
+        k: Any,
+        v: Any,
+        pages: Pages,
+        slots: Any,
+        exact_pages: Pages | None,
+        exact_slots: Any,
+        key_offset: Any,
+        dtype: Any,
+        faults: Faults | None,
+        workspace: Any,
+        stream: Any,
+    ) -> tuple[Any, list[Any]]:
         kind = None if dtype is None else type_name(dtype)
         on = _arrays.current_stream(self.device_tuple, stream, k, v)
         keys = self._rows(k, "k", self.kv_heads, self.head_dim_k, kind, on)
@@ -610,8 +630,8 @@ class Codec:
         args.faults = self._faults(faults)
         args.workspace, args.workspace_bytes, memory = self._cache_workspace(tokens, workspace, keys, on)
         args.stream = on
-        check(functions.cache_store(self.handle, ctypes.byref(args)))
-        del memory, keep
+        keep += [memory, faults]
+        return args, keep
 
     def load(
         self,
@@ -912,6 +932,7 @@ class BoundAttention:
         "_ordinal",
         "args",
         "args_pointer",
+        "library",
         "lse",
         "out",
         "q",
@@ -938,6 +959,7 @@ class BoundAttention:
             self._current = library.stream
         self.args = args
         self.args_pointer = ctypes.pointer(args)
+        self.library = library
         self.q = q
         self.out = out
         self.lse = lse
