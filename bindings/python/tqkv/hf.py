@@ -635,17 +635,16 @@ class TqCache(Cache):  # type: ignore[misc]
         self.key_offset = key_offset
         self.max_tokens = max_tokens
         config = config.get_text_config(decoder=True)
-        kinds, windows = _layer_kinds(config)
+        kinds, each = _layer_kinds(config)
         self.kv_layers = [i for i, kind in enumerate(kinds) if kind == "attention"]
         raw = _chosen_layers(len(self.kv_layers), raw_first_layers, raw_last_layers, raw_layers)
         layers: list[Any] = []
         self.groups: dict[int | None, _Tables] = {}
-        for i, (kind, window) in enumerate(zip(kinds, windows, strict=True)):
+        for i, (kind, made_of) in enumerate(zip(kinds, each, strict=True)):
             if kind != "attention":
-                layers.append(
-                    DYNAMIC_LAYER_TYPE_MAPPING[kind](number_of_states=getattr(config, "number_of_conv_states", 1))
-                )
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**made_of))
                 continue
+            window = made_of["window"]
             layer = TqLayer(self, i, window, self.kv_layers.index(i) in raw)
             layer.tables = self.groups.setdefault(window, _Tables(window, rollback_tokens))
             layer.tables.layers.append(layer)
@@ -868,10 +867,7 @@ class TqCache(Cache):  # type: ignore[misc]
             self._take_starts()
         self._reserve(self.seen + tokens)
         self.stream = self._stream()
-        if tokens == 1:
-            positions = self.position
-        else:
-            positions = self.position + torch.arange(tokens, device=self.device)
+        positions = self.position if tokens == 1 else self.position + torch.arange(tokens, device=self.device)
         end = self.seen + tokens
         for tables in self.groups.values():
             slots = tables.slots(positions)
@@ -1010,20 +1006,20 @@ class TqCache(Cache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last -tokens_to_remove tokens. Above zero: takes back all but so many."""
         tokens_to_remove = int(tokens_to_remove)  # assisted generation gives a tensor
-        for layer in self._others():
-            layer.crop(tokens_to_remove)
         length = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
         if length < 0:
             raise InvalidArgument(f"crop by {-tokens_to_remove} tokens; the cache has {self.seen}")
-        if length >= self.seen:
-            return
         for tables in self.groups.values():
             lost = (_blocks(self._coded_high) - tables.ring) * _BLOCK  # the ring has used again what is before
-            if tables.window is not None and max(0, length - tables.window + 1) < lost:
+            if length < self.seen and tables.window is not None and max(0, length - tables.window + 1) < lost:
                 raise NotSupported(
                     f"crop to {length} tokens needs keys that layers with a window of {tables.window} no longer have; "
                     f"make the cache with rollback_tokens {self.seen - length} or more"
                 )
+        for layer in self._others():
+            layer.crop(tokens_to_remove)
+        if length >= self.seen:
+            return
         self._pending = self._masked = None
         for tables in self.groups.values():
             tables.crop(self, length)
@@ -1041,16 +1037,22 @@ class TqCache(Cache):  # type: ignore[misc]
                 self._exact_low = needed
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for layer in self._others():
-            layer.batch_repeat_interleave(repeats)
+        self._all_or_none("batch_repeat_interleave", repeats)
         if self.seen:
             self._select(torch.arange(self.rows, device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        for layer in self._others():
-            layer.batch_select_indices(indices)
+        self._all_or_none("batch_select_indices", indices)
         if self.seen:
             self._select(torch.arange(self.rows, device=self.device)[indices.to(self.device)])
+
+    def _all_or_none(self, name: str, argument: Any) -> None:
+        others = self._others()
+        for layer in others:
+            if not hasattr(layer, name):
+                raise NotSupported(f"{name} of a {type(layer).__name__}")
+        for layer in others:
+            getattr(layer, name)(argument)
 
     def _select(self, rows: torch.Tensor) -> None:
         self._allocate_rows(rows.shape[0], rows)
@@ -1101,29 +1103,32 @@ _NOT_PADDING = (
 )
 
 
-def _layer_kinds(config: Any) -> tuple[list[str], list[int | None]]:
-    """Of each layer: "attention", or transformers' name for one without keys and values; and its window."""
+def _layer_kinds(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """Of each layer: "attention", or transformers' name for one without keys and values; and what its cache is made of."""
     if getattr(config, "is_encoder_decoder", False):
         raise NotSupported("encoder-decoder models have no TqCache")
-    if getattr(config, "num_kv_shared_layers", None):
-        raise NotSupported(
-            f"layers that share another one's keys and values (num_kv_shared_layers {config.num_kv_shared_layers})"
-        )
+    shared = getattr(config, "kv_sharing_modes", None) or []
+    if getattr(config, "num_kv_shared_layers", None) or "reuse" in shared:
+        raise NotSupported("layers that share another one's keys and values have no TqCache")
     types, options = get_layer_types_and_kwargs(config)
-    kinds: list[str] = []
-    windows: list[int | None] = []
+    each = [dict(options)] * len(types) if isinstance(options, dict) else options  # one for all until transformers 5.17
+    kinds = []
     for name in types:
-        window = None
-        if name == "sliding_attention":
-            window = options.get("sliding_window")
-        elif name != "full_attention":
-            if DYNAMIC_LAYER_TYPE_MAPPING.get(name) is not LinearAttentionLayer:
-                raise NotSupported(f"layers of type {name!r} have no TqCache")
-        kinds.append("attention" if name in ("full_attention", "sliding_attention") else name)
-        windows.append(window)
+        attention = name in ("full_attention", "sliding_attention")
+        known = DYNAMIC_LAYER_TYPE_MAPPING.get(name)
+        # Layers of "moe" and "mlp" have nothing; newer versions name them so.
+        if not attention and known is not LinearAttentionLayer and name != "dummy":
+            raise NotSupported(f"layers of type {name!r} have no TqCache")
+        kinds.append("attention" if attention else name)
     if "attention" not in kinds:
         raise NotSupported("the model has no attention layer")
-    return kinds, windows
+    windows = [
+        o.get("sliding_window") if name == "sliding_attention" else None for name, o in zip(types, each, strict=True)
+    ]
+    return kinds, [
+        {"window": window} if kind == "attention" else {key: o[key] for key in o if key != "sliding_window"}
+        for kind, window, o in zip(kinds, windows, each, strict=True)
+    ]
 
 
 def _chosen_layers(count: int, first: int, last: int, listed: Iterable[int]) -> set[int]:
