@@ -142,3 +142,11 @@ def test_raw_layers_are_exact(folder):
     options = tq_eval.cache_options("k2v2") | {"raw_first_layers": 2}
     result = validate_model.validate(model, ids, options, prompt=100, new_tokens=4, quiet=True)
     assert all(row["cosine_k"] == 1 and row["output_error"] < 2**-8 for row in result["layers"])
+
+
+def test_example():
+    from test_examples import run as run_example
+
+    out = run_example("huggingface.py", "--new-tokens", "6", "--preset", "k3v3")
+    assert "k3v3" in out and "4 beams" in out
+    assert "416 bytes a token in 4 layers" in out  # 2 heads of 64 channels: (24 + 2) * 2 bytes each
