@@ -27,6 +27,8 @@ class Model:
     def __init__(self, cache):
         self.cache = cache
         self.tokens: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        # How many of the last tokens must be held raw; not known of what was taken back beyond rollback_tokens.
+        self.recent: dict[int, int] = {}
 
     def check(self):
         codec = self.cache.codec
@@ -40,18 +42,28 @@ class Model:
                 # A token's bytes depend on nothing but the token.
                 expected_k = codec.decode(*codec.encode(k + layer, "k"), "k")
                 expected_v = codec.decode(*codec.encode(v + layer, "v"), "v")
+                if self.cache.exact_pages:
+                    held = np.array(self.cache.exact_blocks(s))[np.arange(len(tokens)) // codec.exact_block_size] >= 0
+                    expected_k = np.where(held[:, None, None], bf16(k + np.float32(layer)), expected_k)
+                    expected_v = np.where(held[:, None, None], bf16(v + np.float32(layer)), expected_v)
+                    recent = np.arange(len(tokens)) >= len(tokens) - self.recent.get(s, 0)
+                    assert np.all(held | ~recent)
                 assert np.array_equal(got_k, expected_k) and np.array_equal(got_v, expected_v)
+        used = {b for s in self.tokens for b in self.cache.exact_blocks(s) if b >= 0}
+        assert self.cache.num_free_exact_blocks == self.cache._exact_pool.count - len(used)
         used = {b for s in self.tokens for b in self.cache.blocks(s) if b >= 0}
         assert self.cache.num_free_blocks == self.cache._pool.count - len(used)
 
 
-def test_random_histories(codec, random):
+@pytest.mark.parametrize("exact", [False, True])
+def test_random_histories(random, exact):
     """Append, fork, truncate, free and reorder in any order: every sequence always holds its own tokens."""
     codec = tqkv.Codec("k4v4", head_dim=DIM, kv_heads=HEADS, block_size=[1, 8, 16, 32][int(random.integers(4))])
-    cache = tqkv.PagedCache(codec, 4096 // codec.block_size, num_layers=2)
+    options = {"num_exact_blocks": 400, "exact_first_tokens": 3, "exact_recent_tokens": 12} if exact else {}
+    cache = tqkv.PagedCache(codec, 4096 // codec.block_size, num_layers=2, **options)
     model = Model(cache)
     for s in (cache.allocate(), cache.allocate()):
-        model.tokens[s] = []
+        model.tokens[s], model.recent[s] = [], 0
     for _ in range(60):
         sequences = list(model.tokens)
         action = random.integers(10)
@@ -66,6 +78,8 @@ def test_random_histories(codec, random):
             each = iter(zip(k, v, strict=True))
             for s, count in zip(chosen, counts, strict=True):
                 model.tokens[s] += list(itertools.islice(each, count))
+                if s in model.recent:
+                    model.recent[s] = min(12, model.recent[s] + count)
         elif action == 6 and len(sequences) < 12:
             s = sequences[int(random.integers(len(sequences)))]
             length = int(random.integers(len(model.tokens[s]) + 1))
@@ -78,13 +92,16 @@ def test_random_histories(codec, random):
             s = sequences[int(random.integers(len(sequences)))]
             length = int(random.integers(len(model.tokens[s]) + 1))
             cache.truncate(s, length)
+            model.recent.pop(s, None)
             del model.tokens[s][length:]
         else:
             batch = cache.batch(sequences)
             indices = [int(random.integers(len(sequences))) for _ in range(len(sequences))]
-            old = [model.tokens[s] for s in sequences]
+            old = [(model.tokens[s], model.recent.get(s)) for s in sequences]
             batch.reorder(indices)
-            model.tokens = {s: list(old[i]) for s, i in zip(batch.sequences, indices, strict=True)}
+            model.tokens = {s: list(old[i][0]) for s, i in zip(batch.sequences, indices, strict=True)}
+            new = zip(batch.sequences, indices, strict=True)
+            model.recent = {s: recent for s, i in new if (recent := old[i][1]) is not None}
         model.check()
     for s in list(model.tokens):
         cache.free(s)

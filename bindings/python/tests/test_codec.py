@@ -102,6 +102,15 @@ def test_bf16_of_numpy(codec, random):
         codec.encode(x.view(np.uint16))
 
 
+def test_jax(codec):
+    jax = pytest.importorskip("jax")
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (70, 64), dtype="bfloat16"), jax.devices("cpu")[0])
+    codes, scales = codec.encode(x)
+    assert codes.tobytes() == codec.encode(np.asarray(x))[0].tobytes()
+    with pytest.raises(tqkv.InvalidArgument, match="out is read-only"):
+        codec.decode(codes, scales, out=x)
+
+
 def test_raw_sides_have_no_scales(random):
     codec = tqkv.Codec("raw", head_dim=32, raw_type="f16")
     x = random.standard_normal((5, 32)).astype(np.float16)
