@@ -16,7 +16,7 @@ constexpr int decode_blocks(bool any) {  // a multiprocessor
   return any ? 3 : 4;
 }
 
-// The codes of a lane: of the chunks of 8 channels 4 s + q in row g or g + 8.
+// The codes of a lane: of the chunks of 8 channels 4 s + q in row 2 g or 2 g + 1, which the products see as g and g + 8.
 template <int kHeadDim, int kBits>
 struct RowCodes {
   static constexpr int kSteps = kHeadDim / 32;
@@ -52,6 +52,24 @@ struct RowCodes {
 #pragma unroll
       for (int i = 0; i < kChunkWords; ++i) word[kChunkWords * s + i] = read(plane0, word_index(s) + i);
       if constexpr (kOnes) ones[s] = read(plane1, s);
+    }
+  }
+
+  // Of two of V's rows that are in one such group of four.
+  __device__ static void load_v_pair(const uint8_t *plane0, const uint8_t *plane1, int row, RowCodes (&codes)[2]) {
+    const uint32_t pick[2] = {uint32_t(row & 3) * 0x11 + 0x40, uint32_t(row & 3) * 0x11 + 0x51};
+    const auto read = [&](const uint8_t *plane, int index, uint32_t &first, uint32_t &second) {
+      const uint4 v = __ldg(reinterpret_cast<const uint4 *>(plane + 64 * index + 16 * (row >> 2)));
+      first = __byte_perm(__byte_perm(v.x, v.y, pick[0]), __byte_perm(v.z, v.w, pick[0]), 0x5410);
+      second = __byte_perm(__byte_perm(v.x, v.y, pick[1]), __byte_perm(v.z, v.w, pick[1]), 0x5410);
+    };
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int i = 0; i < kChunkWords; ++i) {
+        read(plane0, word_index(s) + i, codes[0].word[kChunkWords * s + i], codes[1].word[kChunkWords * s + i]);
+      }
+      if constexpr (kOnes) read(plane1, s, codes[0].ones[s], codes[1].ones[s]);
     }
   }
 
@@ -144,7 +162,7 @@ struct Output {
   const uint4 *operands;
   const int32_t *begins;
   const uint4 *signs;
-  int64_t at, next;  // the lane's first chunk in row g, and from there to row g + 8
+  int64_t at, next;  // the lane's first chunk in row 2 g, and from there to row 2 g + 1
   uint32_t coded;
   int head;
 
@@ -178,7 +196,7 @@ struct Output {
                                       : __fmaf_rn(float(2 * grid + 1), gain[r], 0.0f);
           }
         }
-        if ((coded >> (lane_row() + 8 * r) & 1) == 0) continue;
+        if ((coded >> (2 * lane_row() + r) & 1) == 0) continue;
         if constexpr (kType != 0) {
           store_chunk(v.rows, kType, at + r * next + 32 * t, x, flips);
         } else {
@@ -259,19 +277,33 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     const uint32_t coded = __ballot_sync(kAll, own.coded), bad = __ballot_sync(kAll, own.bad);
     const uint32_t exact = __ballot_sync(kAll, own.exact_slot != -1);
 
-    Codes codes[2];
+    Codes codes[2];  // all of them before the first is needed
+    const uint8_t *plane0[2], *plane1[2];
+    int in_tile[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {  // all of them before the first is needed
-      const int row = lane_row() + 8 * r;
-      const auto *plane0 = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane0), row));
-      const auto *plane1 = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane1), row));
-      const int in_tile = __shfl_sync(kAll, own.row, row);
+    for (int r = 0; r < 2; ++r) {
+      const int row = 2 * lane_row() + r;
+      plane0[r] = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane0), row));
+      if constexpr (Codes::kOnes)
+        plane1[r] = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane1), row));
+      if constexpr (!Codes::kOnes) plane1[r] = nullptr;
+      in_tile[r] = __shfl_sync(kAll, own.row, row);
       codes[r] = {};
-      if ((coded >> row & 1) == 0) continue;
-      if (call.slots != nullptr && side.is_v) {
-        codes[r].load_v(plane0, plane1, in_tile);
-      } else {
-        codes[r].load_record(plane0, plane1);
+    }
+    const bool v_tiles = call.slots != nullptr && side.is_v;
+    const bool both = (coded >> (2 * lane_row()) & 3) == 3;
+    if (v_tiles &&
+        __all_sync(kAll, both && plane0[0] == plane0[1] && in_tile[1] == in_tile[0] + 1 && in_tile[0] % 2 == 0)) {
+      Codes::load_v_pair(plane0[0], plane1[0], in_tile[0], codes);
+    } else {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if ((coded >> (2 * lane_row() + r) & 1) == 0) continue;
+        if (v_tiles) {
+          codes[r].load_v(plane0[r], plane1[r], in_tile[r]);
+        } else {
+          codes[r].load_record(plane0[r], plane1[r]);
+        }
       }
     }
     next = find();
@@ -281,14 +313,14 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     float gain[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t scale = __shfl_sync(kAll, own.scale, lane_row() + 8 * r);
+      const uint32_t scale = __shfl_sync(kAll, own.scale, 2 * lane_row() + r);
       gain[r] = decode_gain(scale_from_bits(side.scale_type, scale), side.decode_gain);
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) codes[r].grid(t, table, a[t][r], a[t][r + 2]);
     }
 
-    const int64_t at = (first + lane_row()) * v.rows.token_stride + head * v.rows.head_stride + 8 * lane_part();
-    const Output<kHeadDim> output{v, operands, begins, signs, at, 8 * v.rows.token_stride, coded, head};
+    const int64_t at = (first + 2 * lane_row()) * v.rows.token_stride + head * v.rows.head_stride + 8 * lane_part();
+    const Output<kHeadDim> output{v, operands, begins, signs, at, v.rows.token_stride, coded, head};
     if constexpr (kAny) {
       output.template write<0>(a, gain);
     } else if (v.rows.type == TQ_TYPE_BF16) {
@@ -356,12 +388,14 @@ template <int kHeadDim, bool kAny>
 __global__ void __launch_bounds__(32 * kDecodeWarps, decode_blocks(kAny))
     decode_kernel(const __grid_constant__ VectorCall call) {
   __shared__ DecodeShared<kHeadDim> shared;
+  grid_dependency_launch();
   const VectorSide &v = call.side[blockIdx.y];
   fill_inverse<kHeadDim>(v.side, shared.operands);
   fill_signs<kHeadDim>(v.side, reinterpret_cast<uint32_t *>(shared.signs));
   fill_begins<kHeadDim>(v.side, shared.begins);
   __syncthreads();
   const uint2 table = level_table(v.side);
+  grid_dependency_wait();
   const auto decode = [&](auto bits) {
     decode_rows<kHeadDim, bits, kAny>(call, v, table, shared.operands, shared.begins, shared.signs);
   };
@@ -402,7 +436,8 @@ int launch_decode_fast(const VectorCall &call, const DeviceLimits &limits, void 
   }
   const dim3 grid = item_grid(call, limits, decode_blocks(any));
   const auto kernel = any ? decode_kernel<kHeadDim, true> : decode_kernel<kHeadDim, false>;
-  return launch(kernel, grid, 32 * kDecodeWarps, 0, stream, call);
+  if (limits.compute_capability < 90) return launch(kernel, grid, 32 * kDecodeWarps, 0, stream, call);
+  return launch_dependent(kernel, grid, 32 * kDecodeWarps, 0, stream, call);
 }
 
 }  // namespace tqkv::cuda

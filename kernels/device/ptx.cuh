@@ -43,6 +43,18 @@ __device__ __forceinline__ void *dynamic_shared() {
   return memory;
 }
 
+// Work that is seldom done stays behind a branch, instead of being done in vain.
+__device__ __forceinline__ void keep_branch() {
+  asm volatile("");
+}
+
+// The lane, worked out where it is asked for: what follows from it does not stay in registers from before a loop.
+__device__ __forceinline__ int current_lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // prmt.b32 in the mode that repeats the sign: 0xff where a byte's highest bit is set, 0 where not.
 __device__ __forceinline__ uint32_t sign_masks(uint32_t bytes) {
   uint32_t masks;
@@ -127,6 +139,88 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
+
+// ld.shared.u32, as load_shared_byte.
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t word;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address));
+  return word;
+}
+
+// wgmma.mma_async.sync.aligned.m64n{64,32}k16.f32.f16.f16: d = A B, or d += A B, of a warpgroup: warps 4 i .. 4 i + 3 have
+// 16 rows each of A and d; d += A -B where kMinus. Of each warp a is as above; d[4 i .. 4 i + 3] is as above of columns 8 i .. 8 i + 7.
+// B [16, kColumns] is in shared memory, as matrices [8 columns][8 rows] of 128 bytes: `b` is a descriptor, of the first
+// one's address, the bytes from there to that of the other 8 rows, and to that of the next 8 columns. Until it has been
+// waited for, neither a nor d may be touched. Only code for compute capability 9.0a has it.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+inline constexpr bool kHasWgmma = true;
+#define TQKV_WGMMA(...) asm volatile(__VA_ARGS__)
+#else
+inline constexpr bool kHasWgmma = false;
+#define TQKV_WGMMA(...) __trap()
+#endif
+
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t rows_stride, uint32_t columns_stride) {
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(rows_stride >> 4) << 16 | uint64_t(columns_stride >> 4) << 32;
+}
+
+// Before the first product whose registers were written otherwise.
+__device__ __forceinline__ void wgmma_fence() {
+  TQKV_WGMMA("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  TQKV_WGMMA("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Waits for all but the last `kLeft` groups of products, and so for d.
+template <int kLeft, int kCount>
+__device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
+  TQKV_WGMMA("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");  // no use of it moves up
+}
+// For memory that wgmma is to read, between its last store and a barrier.
+__device__ __forceinline__ void wgmma_memory_fence() {
+  TQKV_WGMMA("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+template <int kColumns, bool kFirst, bool kMinus>
+__device__ __forceinline__ void wgmma_m64k16(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kColumns == 64 || kColumns == 32);
+#define TQKV_D4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define TQKV_D16(c, i) TQKV_D4(c, i), TQKV_D4(c, i + 4), TQKV_D4(c, i + 8), TQKV_D4(c, i + 12)
+#define TQKV_D64                                                                                                     \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%" \
+  "30,%31}"
+#define TQKV_D32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define TQKV_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(!kFirst)), "n"(kMinus ? -1 : 1)
+  if constexpr (kColumns == 64 && kFirst) {
+    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " TQKV_D64
+               ", {%32,%33,%34,%35}, %36, p, 1, %38, 0; }"
+               : TQKV_D16("=f", 0), TQKV_D16("=f", 16)
+               : TQKV_A);
+  } else if constexpr (kColumns == 64) {
+    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " TQKV_D64
+               ", {%32,%33,%34,%35}, %36, p, 1, %38, 0; }"
+               : TQKV_D16("+f", 0), TQKV_D16("+f", 16)
+               : TQKV_A);
+  } else if constexpr (kFirst) {
+    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " TQKV_D32
+               ", {%16,%17,%18,%19}, %20, p, 1, %22, 0; }"
+               : TQKV_D16("=f", 0)
+               : TQKV_A);
+  } else {
+    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " TQKV_D32
+               ", {%16,%17,%18,%19}, %20, p, 1, %22, 0; }"
+               : TQKV_D16("+f", 0)
+               : TQKV_A);
+  }
+#undef TQKV_D4
+#undef TQKV_D16
+#undef TQKV_D64
+#undef TQKV_D32
+#undef TQKV_A
+}
+#undef TQKV_WGMMA
 
 // bar.sync: waits until `threads` threads, whole warps of them, have come to barrier `id` (1 .. 15; __syncthreads is 0).
 // Orders memory among them.

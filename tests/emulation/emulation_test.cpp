@@ -15,6 +15,7 @@
 
 #include "catch.hpp"
 #include "kernels/device/launch.cuh"
+#include "kernels/device/matrix.cuh"
 #include "kernels/device/ptx.cuh"
 
 namespace tqkv_test {
@@ -25,7 +26,6 @@ namespace {
 
 using namespace tqkv::cuda;
 
-constexpr unsigned kAll = 0xffffffff;
 
 // What a launch says on stderr: the message with which it stops the program, or nothing.
 template <class... P, class... A>
@@ -604,6 +604,76 @@ TEST_CASE("a warp's product of matrices of halves is the matrices' product") {
       CHECK(d[row * 8 + column] == float(sum) * 0x1p-36f);
     }
   }
+}
+
+// B [64, 96] of f16 by 8 rows, A's operands in the order of lanes, sums in that of lanes; rows of B from 32 on count
+// negative.
+template <bool kWarpgroup>
+__global__ void multiply_shared(const uint32_t *a, const uint4 *b, float *d) {
+  using Matrix = SharedMatrix<64, 96, kWarpgroup>;
+  auto *matrix = static_cast<uint4 *>(dynamic_shared());
+  for (unsigned i = threadIdx.x; i < 64 / 8 * 96; i += blockDim.x) Matrix::at(matrix, int(i / 96), int(i % 96)) = b[i];
+  Matrix::written();
+  __syncthreads();
+  uint32_t x[4][4];
+  for (unsigned s = 0; s < 4; ++s) {
+    for (unsigned i = 0; i < 4; ++i) x[s][i] = a[(s * 4 + i) * 128 + threadIdx.x];
+  }
+  float first[32], rest[16];
+  Matrix::begin();
+  const Matrix product(matrix);
+  product.template multiply<0, 32, 32>(first, x);
+  product.template multiply<64, 16, 32>(rest, x);
+  Matrix::template wait<1>(first);
+  for (unsigned i = 0; i < 32; ++i) d[i * 128 + threadIdx.x] = first[i];
+  Matrix::template wait<0>(rest);
+  for (unsigned i = 0; i < 16; ++i) d[(32 + i) * 128 + threadIdx.x] = rest[i];
+}
+
+template <bool kWarpgroup>
+void check_shared_product(std::mt19937_64 &random) {
+  std::vector<int> x(64 * 64), y(64 * 96);  // A, in units of 2^-24, and B, in units of 2^-12
+  for (int &value : x) value = int(random() % 4095) - 2047;
+  for (int &value : y) value = int(random() % 3) - 1;
+  const auto f16_of_x = [](int value) { return uint32_t(value < 0 ? 0x8000 | -value : value); };
+  const auto f16_of_y = [](int value) { return uint32_t(value == 0 ? 0 : value < 0 ? 0x8c00 : 0x0c00); };
+  std::vector<uint32_t> a(16 * 128);
+  std::vector<uint4> b(8 * 96);
+  for (unsigned thread = 0; thread < 128; ++thread) {
+    for (unsigned s = 0; s < 4; ++s) {
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8, k = 16 * s + i / 2 * 8 + thread % 4 * 2;
+        a[(s * 4 + i) * 128 + thread] = f16_of_x(x[row * 64 + k]) | f16_of_x(x[row * 64 + k + 1]) << 16;
+      }
+    }
+  }
+  for (unsigned k = 0; k < 64; k += 8) {
+    for (unsigned column = 0; column < 96; ++column) {
+      const auto pair = [&](unsigned i) {
+        return f16_of_y(y[(k + i) * 96 + column]) | f16_of_y(y[(k + i + 1) * 96 + column]) << 16;
+      };
+      b[k / 8 * 96 + column] = make_uint4(pair(0), pair(2), pair(4), pair(6));
+    }
+  }
+  std::vector<float> d(48 * 128);
+  REQUIRE(launch(multiply_shared<kWarpgroup>, 1, 128, 64 / 8 * 96 * 16, nullptr, a.data(), b.data(), d.data()) ==
+          cudaSuccess);
+  for (unsigned row = 0; row < 64; ++row) {
+    for (unsigned column = 0; column < 96; ++column) {
+      int sum = 0;
+      for (unsigned k = 0; k < 64; ++k) sum += (k < 32 ? 1 : -1) * x[row * 64 + k] * y[k * 96 + column];
+      const unsigned thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+      const unsigned i = column / 8 * 4 + row % 16 / 8 * 2 + column % 2;
+      CHECK(d[i * 128 + thread] == float(sum) * 0x1p-36f);
+    }
+  }
+}
+
+TEST_CASE("a matrix in shared memory is multiplied by wgmma and without it") {
+  std::mt19937_64 random(tqkv_test::seed());
+  INFO("repeat with TQKV_TEST_SEED=" << tqkv_test::seed());
+  check_shared_product<true>(random);
+  check_shared_product<false>(random);
 }
 
 TEST_CASE("a warp's matrix product is the matrices' product") {

@@ -38,7 +38,18 @@ inline uint32_t load_shared_byte(uint32_t address) {
   return *reinterpret_cast<const uint8_t *>(shared_window() + address);
 }
 
+// ld.shared.u32
+inline uint32_t load_shared_word(uint32_t address) {
+  return *reinterpret_cast<const uint32_t *>(shared_window() + address);
+}
+
 inline void prefetch_l2(const void *) {}
+
+inline void keep_branch() {}
+
+inline int current_lane() {
+  return int(::emulation::lane());
+}
 
 // prmt.b32, default mode: a selector's bit 3 takes the sign of the byte, eight times.
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
@@ -169,6 +180,56 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
         f.d[i] = float(sum);
       }
     });
+  });
+}
+
+// wgmma.mma_async.sync.aligned.m64n{64,32}k16.f32.f16.f16, of one of a warpgroup's warps, as mma.m16n8k16; done at once. b: B
+// [16, kColumns] in shared memory as matrices [8 columns][8 rows], the first one's address, the strides to that of the
+// other 8 rows and to that of the next 8 columns, in units of 16 bytes.
+inline constexpr bool kHasWgmma = true;
+inline uint64_t wgmma_descriptor(uint32_t address, uint32_t rows_stride, uint32_t columns_stride) {
+  return address >> 4 | uint64_t{rows_stride >> 4} << 16 | uint64_t{columns_stride >> 4} << 32;
+}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int kLeft, int kCount>
+void wgmma_wait(float (&)[kCount]) {}
+inline void wgmma_memory_fence() {}
+template <int kColumns, bool kFirst, bool kMinus>
+void wgmma_m64k16(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
+  struct Fragments {
+    const uint32_t *a;
+    float *d;
+    uint64_t b;
+  } mine{a, d, b};
+  ::emulation::collective("wgmma.m64k16", 0xffffffff, mine, [](const ::emulation::Exchanges<Fragments> &all) {
+    const uint64_t descriptor = all[0].b;
+    all.for_each([&](unsigned, Fragments &f) {
+      if (f.b != descriptor) ::emulation::stop("wgmma.m64k16: descriptors differ");
+    });
+    double x[16][16];
+    for (unsigned row = 0; row < 16; ++row) {
+      for (unsigned k = 0; k < 16; ++k) {
+        const uint32_t word = all[4 * (row % 8) + k % 8 / 2].a[row / 8 + 2 * (k / 8)];
+        x[row][k] = f64_from_f16(word >> (16 * (k % 2)) & 0xffff);
+      }
+    }
+    const uintptr_t base = shared_window() + 16 * (descriptor & 0x3fff);
+    const uintptr_t rows_stride = 16 * (descriptor >> 16 & 0x3fff), columns_stride = 16 * (descriptor >> 32 & 0x3fff);
+    for (unsigned column = 0; column < kColumns; ++column) {
+      double y[16];
+      for (unsigned k = 0; k < 16; ++k) {
+        const uintptr_t at = base + k / 8 * rows_stride + column / 8 * columns_stride + 16 * (column % 8) + 2 * (k % 8);
+        y[k] = f64_from_f16(*reinterpret_cast<const uint16_t *>(at)) * (kMinus ? -1 : 1);
+      }
+      for (unsigned row = 0; row < 16; ++row) {
+        float &to = all[4 * (row % 8) + column % 8 / 2].d[column / 8 * 4 + row / 8 * 2 + column % 2];
+        double sum = kFirst ? 0.0 : double(to);
+        for (unsigned k = 0; k < 16; ++k) sum += x[row][k] * y[k];
+        if (double(float(sum)) != sum) ::emulation::stop("wgmma.m64k16: %a is no f32 number", sum);
+        to = float(sum);
+      }
+    }
   });
 }
 
