@@ -211,8 +211,8 @@ __device__ __forceinline__ uint4 levels_of(const HalfTable &table, uint32_t nibb
 // Eight f16 numbers 2 b + 1 of signed bytes b: 1024 + (b + 128) is one whose last byte is b + 128.
 __device__ __forceinline__ uint4 levels_of_bytes(uint32_t first, uint32_t second) {
   const auto pair = [](uint32_t bytes, uint32_t selector) {
-    constexpr uint32_t kTwo = 0x40004000, kLess = 0xe87fe87f;  // 2, -2303
-    return fma_f16x2(permute(bytes ^ 0x80808080, 0x64646464, selector), kTwo, kLess);
+    constexpr uint32_t kOne = 0x3c003c00, kTwo = 0x40004000, kLess = 0xe480e480;  // 1, 2, -1152
+    return fma_f16x2(fma_f16x2(permute(bytes ^ 0x80808080, 0x64646464, selector), kOne, kLess), kTwo, kOne);
   };
   return make_uint4(pair(first, 0x4140), pair(first, 0x4342), pair(second, 0x4140), pair(second, 0x4342));
 }
@@ -546,17 +546,18 @@ class WideRows {
 
   // Copies rows [first, end) of a segment's first rows to shared memory, from `first_row` of the segment on.
   __device__ void load_queries(const WideItem &wide, int first_row, int first, int end) {
-    const int chunks = call_.head_dim_k / 8, parts = query_parts_;
+    constexpr int chunks = Shape::kDim / 8;
+    const int parts = query_parts_, part_bytes = 2 * call_.head_dim_k;
     const uint8_t *from = is_new_ ? call_.new_operands : call_.query_operands;
-    const int64_t row_bytes = int64_t{2} * call_.head_dim_k * parts;
     for (int x = first * chunks * parts + lane_; x < end * chunks * parts; x += 32) {
       const int row = x / (chunks * parts), in_row = x % (chunks * parts), part = in_row / chunks, chunk = in_row % chunks;
       const int in_segment = first_row + row, token = wide.item.token_block * call_.block_tokens + in_segment / call_.block_heads;
       const int in_group = wide.item.head_part * call_.block_heads + in_segment % call_.block_heads;
       uint4 value = make_uint4(0, 0, 0, 0);
-      if (in_segment < call_.block_tokens * call_.block_heads && token < wide.sequence.q_len && in_group < call_.group) {
+      if (in_segment < call_.block_tokens * call_.block_heads && token < wide.sequence.q_len &&
+          in_group < call_.group && 16 * chunk < part_bytes) {
         const int64_t at = int64_t{wide.sequence.begin + token} * call_.q_heads + wide.item.head_pack * call_.group + in_group;
-        value = *reinterpret_cast<const uint4 *>(from + at * row_bytes + 16 * in_row);
+        value = *reinterpret_cast<const uint4 *>(from + (at * parts + part) * part_bytes + 16 * chunk);
       }
       *reinterpret_cast<uint4 *>(chunk_at<Shape>(queries_ + part * 16 * Shape::kRowBytes, row, chunk)) = value;
     }
@@ -583,14 +584,14 @@ class WideRows {
     const uint32_t v = shared_address(v_side) + uint32_t(in_stage * Shape::kRowBytes);
     if (v_bf16_) {
       if (plain) {
-        add<true, false>(v, keys, in_stage, s, scale, seen);
-      } else {
         add<true, true>(v, keys, in_stage, s, scale, seen);
+      } else {
+        add<true, false>(v, keys, in_stage, s, scale, seen);
       }
-    } else if (plain || !v_raw_) {
-      add<false, false>(v, keys, in_stage, s, scale, seen);
-    } else {
+    } else if (plain) {
       add<false, true>(v, keys, in_stage, s, scale, seen);
+    } else {
+      add<false, false>(v, keys, in_stage, s, scale, seen);
     }
   }
 
@@ -628,7 +629,6 @@ class WideRows {
     for (int part = 0; part < query_parts_; ++part, q_lane += 16 * Shape::kRowBytes) {
 #pragma unroll
       for (int c = 0; c < Shape::kDim / 16; ++c) {
-        if (16 * c >= call_.head_dim_k) break;
         uint32_t a[4];
         load_matrices(a, q_lane + (uint32_t(32 * c) ^ q_swizzle));
 #pragma unroll
@@ -736,9 +736,9 @@ class WideRows {
     return seen;
   }
 
-  // Adds weights times values. With kCareful a value that is no finite number makes outputs NaN of rows that see it, and no
-  // others: it is taken out of the product, and counted by a product of ones.
-  template <bool kBf16, bool kCareful>
+  // Adds weights times values. Where some rows do not see some keys, a raw value that is no finite number makes outputs NaN
+  // of rows that see it, and no others: it is taken out of the product, and counted by a product of ones.
+  template <bool kBf16, bool kPlain>
   __device__ __forceinline__ void add(uint32_t v, const StageKeys<Shape> &keys, int in_stage, const float (&s)[kKeyTiles][4],
                                       const float (&scale)[2], uint32_t seen) {
     constexpr uint32_t kOnes = kBf16 ? 0x3f803f80 : 0x3c003c00, kExponent = kBf16 ? 0x7f80 : 0x7c00;
@@ -759,6 +759,7 @@ class WideRows {
           const float p = exp2_approx(__fmaf_rn(s[2 * m + j][i], scale[i / 2], reference[i / 2]));
           sum_[i / 2] += p;
           w[4 * j + i] = p * (i % 2 == 0 ? v_scale.x : v_scale.y);
+          if (!kPlain && (seen >> (4 * (2 * m + j) + i) & 1) == 0) w[4 * j + i] = 0;  // the scale may be anything
         }
       }
       uint32_t a[4];
@@ -781,10 +782,9 @@ class WideRows {
         }
 #pragma unroll
         for (int c = 0; c < Shape::kDim / 16; ++c) {
-          if (16 * c >= call_.head_dim_v) break;
           uint32_t b[4];
           load_matrices_transposed(b, v_lane + uint32_t(16 * m * Shape::kRowBytes) + (uint32_t(32 * c) ^ v_swizzle));
-          if constexpr (kCareful) {
+          if (!kPlain && v_raw_) {
             uint32_t bad[4], any = 0;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -983,6 +983,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     barrier_init(&shared.empty[threadIdx.x], Shape::kConsumers);
   }
   barrier_init_fence();
+  if (call.head_dim_k < Shape::kDim) {  // channels that nobody writes; those of queries are zeros, too
+    for (int at = 16 * int(threadIdx.x); at < memory.stages * 2 * Shape::kSideBytes; at += 16 * Shape::kThreads) {
+      *reinterpret_cast<uint4 *>(stages + at) = make_uint4(0, 0, 0, 0);
+    }
+  }
   __syncthreads();
   grid_dependency_wait();
   if (int(threadIdx.x) >= 32 * Shape::kConsumers) {

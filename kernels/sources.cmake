@@ -16,8 +16,11 @@ if(NOT attention_fixed_shapes)
     128,128,4,4,1 128,128,4,4,2 128,128,4,3,1 128,128,3,3,1 128,128,3,3,2 128,128,4,20,1 128,128,20,20,1 128,128,20,20,2
     64,64,4,4,1 64,64,3,3,1 64,64,20,20,1 256,256,4,4,1 256,256,3,3,1 256,256,20,20,1)
 endif()
-set(attention_shapes ${attention_fixed_shapes}
-  64,64,0,0,2 80,80,0,0,2 96,96,0,0,2 112,112,0,0,2 128,128,0,0,2 192,192,0,0,2 256,256,0,0,2)
+if(NOT attention_any_shapes)
+  set(attention_any_shapes
+    64,64,0,0,2 80,80,0,0,2 96,96,0,0,2 112,112,0,0,2 128,128,0,0,2 192,192,0,0,2 256,256,0,0,2)
+endif()
+set(attention_shapes ${attention_fixed_shapes} ${attention_any_shapes})
 set(lines "")
 foreach(attention_shape IN LISTS attention_shapes)
   string(REPLACE "," "_" name ${attention_shape})

@@ -113,10 +113,10 @@ void make_wide(const AttentionCall &from, cuda::AttentionCall *call) {
   set_halves(v, call->v_halves);
   call->query_type = k.raw() ? from.codec->raw_type : int(TQ_TYPE_F16);
   // Raw keys of the queries' type are multiplied with the very queries. Else one part is enough beside the rounding of
-  // outputs to bf16, and bf16 has 8 bits only.
+  // outputs to bf16, but not for lse; and bf16 has 8 bits only.
   const bool exact = k.raw() && from.q.type == call->query_type;
   call->weight_parts = from.out.type == TQ_TYPE_BF16 ? 1 : 2;
-  call->query_parts = exact ? 1 : call->query_type == TQ_TYPE_BF16 ? 2 : call->weight_parts;
+  call->query_parts = exact ? 1 : call->query_type == TQ_TYPE_BF16 || from.lse != nullptr ? 2 : call->weight_parts;
   call->new_gain = float(std::fabs(double(from.scale)) * kLog2E);
 }
 
@@ -235,7 +235,7 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   plan.segments = places.add(call.max_segments, sizeof(cuda::AttentionItem));
   plan.items = places.add(call.max_segments + call.blocks, sizeof(cuda::AttentionItem));
   plan.block_items = places.add(call.blocks, sizeof(cuda::BlockItems));
-  plan.operands = places.add(query_rows, call.wide_rows > 0 ? 2 * int64_t{call.query_parts} * call.head_dim_k
+  plan.operands = places.add(query_rows, call.wide_rows > 0 ? 4 * int64_t{call.head_dim_k}  // whether lse is given or not
                                                             : 2 * int64_t{call.operand_bytes});
   if (reads_new(call)) plan.new_operands = places.add(query_rows, 2 * int64_t{call.head_dim_k});
   plan.rows = places.add(query_rows, sizeof(cuda::QueryRow));
