@@ -127,10 +127,15 @@ __device__ inline const uint8_t *new_row(const Rows &rows, int64_t token, int he
   return static_cast<const uint8_t *>(rows.data) + 2 * (token * rows.token_stride + head * rows.head_stride);
 }
 
+// The block of a key of the next step, read a step before.
+struct NextBlock {
+  int32_t key = -1, id = 0;  // -1: none
+};
+
 // The places of the stage's keys, from `first` on; a thread a key.
 template <class Shape>
 __device__ __forceinline__ void find_places(const AttentionCall &call, const WideItem &wide, int first,
-                                            Places<Shape> &places) {
+                                            NextBlock &next, Places<Shape> &places) {
   const int thread = int(threadIdx.x) % kMakerThreads;
   if (thread >= Shape::kStageKeys) return;
   const Sequence &sequence = wide.sequence;
@@ -147,7 +152,7 @@ __device__ __forceinline__ void find_places(const AttentionCall &call, const Wid
     k_scale = v_scale = 1;
   } else if (seen && !is_exact(call, sequence, key)) {
     const uint32_t block = uint32_t(key) / uint32_t(pool.block_size), in_block = uint32_t(key) % uint32_t(pool.block_size);
-    const int32_t id = sequence.table[block];
+    const int32_t id = next.key == key ? next.id : sequence.table[block];
     if (id < 0 || id >= pool.num_blocks) {
       atomicMax(&call.sequence_faults[wide.item.sequence], 1);
     } else {
@@ -172,6 +177,12 @@ __device__ __forceinline__ void find_places(const AttentionCall &call, const Wid
         v_scale = load_scale(call.v_scale_type, tile + pool.v_scales + row * (call.v_scale_type == TQ_TYPE_F32 ? 4 : 2));
       }
     }
+  }
+  next.key = -1;
+  if (!wide.is_new && sequence.exact_table == nullptr && call.q_positions == nullptr &&
+      key + Shape::kStageKeys < wide.high && key + Shape::kStageKeys >= wide.low) {  // it is needed
+    next.key = key + Shape::kStageKeys;
+    next.id = sequence.table[uint32_t(next.key) / uint32_t(pool.block_size)];
   }
   places.k[thread] = k, places.v[thread] = v;
   places.row[thread] = uint8_t(row);
@@ -418,12 +429,14 @@ struct Steps {
   int32_t next = 0;  // slot after the item's
   int step = 0, count = 0;
   WideItem wide;
+  NextBlock next_block;
 
   template <class Shape>
   __device__ bool advance(const AttentionCall &call) {
     ++step;
     while (step >= count) {
       if (next >= block.first + block.count) return false;
+      next_block.key = -1;
       if (read_item(call, next++, int32_t(blockIdx.x), wide)) step = 0, count = wide.steps(Shape::kStageKeys);
     }
     return true;
@@ -444,7 +457,7 @@ __device__ __forceinline__ void make_stages(const AttentionCall &call, const Wid
   int stage = 0, buffer = 0;
   uint32_t parity = 0;
   bool more = steps.advance<Shape>(call);
-  if (more) find_places<Shape>(call, steps.wide, steps.first_key<Shape>(), shared.places[0]);
+  if (more) find_places<Shape>(call, steps.wide, steps.first_key<Shape>(), steps.next_block, shared.places[0]);
   group_barrier(kMakerBarrier, kMakerThreads);
 #pragma unroll 1
   while (more) {
@@ -456,7 +469,9 @@ __device__ __forceinline__ void make_stages(const AttentionCall &call, const Wid
     if (!raw_k) keys.load(call, places);
     if (!raw_v) values.load(call, places);
     more = steps.advance<Shape>(call);
-    if (more) find_places<Shape>(call, steps.wide, steps.first_key<Shape>(), shared.places[buffer ^ 1]);
+    if (more) {
+      find_places<Shape>(call, steps.wide, steps.first_key<Shape>(), steps.next_block, shared.places[buffer ^ 1]);
+    }
     barrier_wait(&shared.empty[stage], parity ^ 1);
     uint8_t *k_side = stages + stage * 2 * Shape::kSideBytes, *v_side = k_side + Shape::kSideBytes;
     if (raw_k) copy_rows<Shape>(places.k, call.head_dim_k, !is_new || call.k_new.aligned != 0, k_side);
@@ -662,6 +677,7 @@ class WideRows {
 #pragma unroll
       for (int n = 0; n < kValueTiles; ++n) out_[n][2 * i] *= keep, out_[n][2 * i + 1] *= keep;
     }
+    __syncwarp();  // products are taken by the warp together
   }
 
   __device__ static float2 scales_of(const float *scales, int in_stage, int n, int q) {
