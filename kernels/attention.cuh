@@ -2,25 +2,24 @@
 // The main kernel of paged attention: codes from pages, through shared memory, to both products on integer tensor
 // cores. attention.hpp says what it is given and what it leaves.
 //
-// BLOCK. One a multiprocessor. Warps form teams of `pack_heads`, a warp a kv head; of an item's tiles (an item is a segment
-// or a part of one) team i takes every teams-th from the i-th on. A team has its own ring of stages; a stage holds one tile
-// of all its heads, adjacent in a page. Items are listed kMaxItems at a time, and a team's tiles of the list are numbered
-// through: tile n is in stage n % stages. When the warps of a team have left tile n - 1, one of them, each in its turn,
-// copies tile n - 1 + stages over it. That warp waits for the others' arrivals at tile n - 1, so it comes after the turn
-// before.
+// BLOCK. One a multiprocessor. Warps form teams of `pack_heads`, a warp a kv head. A step is two tiles; of an item's steps
+// (an item is a segment or a part of one) team i takes every teams-th from the i-th on. A team has its own ring of stages;
+// a stage holds one step of all its heads, which are adjacent in a page. Items are listed kMaxItems at a time, and a team's
+// steps of the list are numbered through: step n is in stage n % stages. Amid step n one of the team's warps, each in its
+// turn, waits until all have left step n - 1 and copies step n - 1 + stages over it.
 //
-// WARP. Lane = 4 g + q, as in operands.cuh. Row r of an item is a query; with kBlocks = 1 there are 4, rows g and g + 4 are
-// copies, with 2 there are 8. A tile goes: scores (16-bit queries as two bytes), weights p = 2^(x - ref), products
-// w = p * v_scale rounded to 16 bits, as two bytes again, and sums of w * level in integers. The scores of one tile are
-// computed beside the sums of the one before.
+// WARP. Lane = 4 g + q, as in operands.cuh. Row r of an item is a query. With kBlocks = 1 there are 4: rows g and g + 4 of
+// the scores are the same query, so lanes with g < 4 weigh the step's first tile and the others its second. With 2 there
+// are 8, and a lane weighs both tiles. A step goes: scores (16-bit queries as two bytes), weights p = 2^(x - ref), products
+// w = p * v_scale rounded to 16 bits, as two bytes again, and sums of w * level in integers.
 //
 // Sums of values. Four queries share one instruction's 8 columns: columns 0 .. 3 and 4 .. 7 see different halves of the A
 // operand. Where levels come from a table (kPairs) its bytes are by turns of two channels, and weights of queries stand in
 // even or odd bytes; else halves are tiles of V's operand.
 //
-// SCALE OF WEIGHTS. ref is a row's, chosen by the distribution of a tile's weights so that few later ones pass 2^16. When
-// one does, or weights become so small on average that their rounding would show, sums go to memory as f32 ("flush") and
-// ref is chosen anew.
+// SCALE OF WEIGHTS. ref is a row's, chosen by the distribution of a step's weights so that few later ones pass 2^16. When
+// one does, or weights become so small on average that their rounding would show, ref moves by a whole number and the sums
+// are shifted by as many bits.
 #pragma once
 
 #include <algorithm>
@@ -33,17 +32,19 @@
 
 namespace tqkv::cuda {
 
-inline constexpr int kFirstCheck = 8;  // tiles after which a warp first looks at its weights
+inline constexpr int kStepTiles = 2;
+inline constexpr int kFirstCheck = 4, kMostSteps = 1024;  // steps after which a warp looks at its weights
 inline constexpr int kMaxItems = 16, kMaxStages = 64;
-inline constexpr int kBatch = 32, kTable = 4 * kBatch;   // tiles whose places are looked up at a time, and kept
+// Steps whose places are looked up at a time, a lane a tile, and kept.
+inline constexpr int kBatch = 32 / kStepTiles, kTable = 4 * kBatch;
 inline constexpr int kAttentionSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr float kMinusInfinity = -INFINITY;
 
 // The dynamic shared memory: rings, then what each warp and team has, in bytes from the start.
 struct AttentionRing {
-  int32_t stages;       // of a team
-  int32_t stage_bytes;  // a multiple of 128
-  int32_t in_one_copy;  // the heads of a tile are adjacent
+  int32_t stages;                   // of a team
+  int32_t tile_bytes, stage_bytes;  // of a tile of all heads, of a stage: a multiple of 128
+  int32_t in_one_copy;              // the heads of a tile are adjacent
   int32_t scratch_at, rows_at, tables_at, shared_at;
 };
 
@@ -52,20 +53,21 @@ struct ListedItem {
   Sequence sequence;
 };
 
-// A team's tiles of the list, tile n at n % kTable.
-struct TileTable {
-  const uint8_t *address[kTable];  // of the pack's first head, or no_tile(); null: not read, or to be gathered
-  uint16_t exact[kTable];          // tokens that are read raw, as bits
+// A team's steps of the list, step n at n % kTable.
+struct StepTable {
+  // Of a tile's first head of the pack; null: not read, or to be gathered. Or no_tile(), or of the first tile no_step().
+  const uint8_t *address[kTable][kStepTiles];
+  uint16_t exact[kTable][kStepTiles];  // tokens that are read raw, as bits
 };
 
 // What of a warp's row is not looked at for every tile.
 struct RowState {
-  float base, total;  // the reference of what is in the scratch, and the sum of its weights p
+  float base, total;  // at the end: the reference and the sum of weights p
   float slope;
-  int32_t position, low, high;  // keys [low, high) of the pages are visible
+  int32_t position, low, high;  // keys [low, high) of the item are visible
   QueryRow query;
   const uint8_t *operands;  // null: there is no such row
-  int32_t interval;         // of the first row: how often the warp looks at its weights, in tiles
+  int32_t steps;            // of the first row: those before the run
 };
 
 struct AttentionShared {
@@ -79,15 +81,23 @@ struct Team {
   int32_t index, count;  // of all teams
 };
 
-// Stands for the address of a tile past the list's last.
+// Stand for the address of a tile that an item has not, and of one past the list's last step.
 __device__ inline const uint8_t *no_tile() {
   return reinterpret_cast<const uint8_t *>(uintptr_t{1});
 }
+__device__ inline const uint8_t *no_step() {
+  return reinterpret_cast<const uint8_t *>(uintptr_t{2});
+}
 
-// Tiles of an item that are a team's.
-__device__ inline int tiles_of(const AttentionItem &item, Team team) {
-  const int tiles = item.end_tile - item.first_tile - team.index;
-  return tiles > 0 ? (tiles + team.count - 1) / team.count : 0;
+// Steps of an item that are a team's.
+__device__ inline int steps_of(const AttentionItem &item, Team team) {
+  const int steps = (item.end_tile - item.first_tile + kStepTiles - 1) / kStepTiles - team.index;
+  return steps > 0 ? (steps + team.count - 1) / team.count : 0;
+}
+
+// The first tile of an item's step.
+__device__ inline int tile_of(const AttentionItem &item, Team team, int step) {
+  return item.first_tile + kStepTiles * (team.index + step * team.count);
 }
 
 // ---- finding tiles
@@ -120,24 +130,29 @@ __device__ inline const uint8_t *whole_tile(const AttentionCall &call, const Seq
   return pool.base + first / count * pool.block_stride;
 }
 
-// Looks up tiles first .. first + kBatch - 1 of a team's list, a lane each.
-__device__ inline void find_tiles(const AttentionCall &call, AttentionShared &shared, TileTable &table, Team team,
+// Looks up steps first .. first + kBatch - 1 of a team's list, a lane a tile.
+__device__ inline void find_steps(const AttentionCall &call, AttentionShared &shared, StepTable &table, Team team,
                                   int first) {
   const AttentionPool &pool = call.pool;
-  const int n = first + lane_index();
+  const int n = first + lane_index() / kStepTiles, t = lane_index() % kStepTiles;
+  const uint8_t *&address = table.address[n % kTable][t];
   int in_item = n, i = 0;
   for (; i < shared.num_items; ++i) {
-    const int tiles = tiles_of(shared.items[i].item, team);
-    if (in_item < tiles) break;
-    in_item -= tiles;
+    const int steps = steps_of(shared.items[i].item, team);
+    if (in_item < steps) break;
+    in_item -= steps;
   }
   if (i == shared.num_items) {
-    table.address[n % kTable] = no_tile();
+    address = no_step();
     return;
   }
   const ListedItem &listed = shared.items[i];
   const Sequence &sequence = listed.sequence;
-  const int tile = listed.item.first_tile + team.index + in_item * team.count;
+  const int tile = tile_of(listed.item, team, in_item) + t;
+  if (tile >= listed.item.end_tile) {
+    address = no_tile();
+    return;
+  }
   const uint8_t *at = nullptr;
   bool bad = false;
   if (pool.block_size < kTileTokens) {
@@ -152,13 +167,13 @@ __device__ inline void find_tiles(const AttentionCall &call, AttentionShared &sh
   const int j = tile * kTileTokens;
   if (bad || !none_exact(call, sequence, j, j + kTileTokens)) {
 #pragma unroll 1
-    for (int t = 0; t < kTileTokens; ++t) {
-      if (j + t < sequence.coded_length && is_exact(call, sequence, j + t)) exact |= 1u << t;
-      if (bad && is_needed(call, listed, j + t)) atomicMax(&call.sequence_faults[listed.item.sequence], 1);
+    for (int k = 0; k < kTileTokens; ++k) {
+      if (j + k < sequence.coded_length && is_exact(call, sequence, j + k)) exact |= 1u << k;
+      if (bad && is_needed(call, listed, j + k)) atomicMax(&call.sequence_faults[listed.item.sequence], 1);
     }
   }
-  table.address[n % kTable] = at;
-  table.exact[n % kTable] = uint16_t(exact);
+  address = at;
+  table.exact[n % kTable][t] = uint16_t(exact);
 }
 
 __device__ inline void copy_codes(const uint8_t *from, uint8_t *to, int head_dim, int bits, bool is_v, int from_row,
@@ -184,17 +199,17 @@ __device__ inline void copy_scale(const uint8_t *from, uint8_t *to, int type, in
   if (i < bytes) to[to_row * bytes + i] = from[from_row * bytes + i];
 }
 
-// Copies the tokens of tile n from small blocks, wherever they are, to a stage that is free.
+// Copies the tokens of a step's tile from small blocks, wherever they are, to a stage that is free.
 __device__ __noinline__ inline void gather_tile(const AttentionCall &call, AttentionShared &shared, Team team, int n,
-                                                uint8_t *to) {
+                                                int tile, uint8_t *to) {
   const AttentionPool &pool = call.pool;
   const int lane = lane_index();
   int in_item = n, i = 0;
-  for (; in_item >= tiles_of(shared.items[i].item, team); ++i) in_item -= tiles_of(shared.items[i].item, team);
+  for (; in_item >= steps_of(shared.items[i].item, team); ++i) in_item -= steps_of(shared.items[i].item, team);
   const ListedItem &listed = shared.items[i];
   int64_t slot = -1;  // of the lane's token
   if (lane < kTileTokens) {
-    const int j = (listed.item.first_tile + team.index + in_item * team.count) * kTileTokens + lane;
+    const int j = (tile_of(listed.item, team, in_item) + tile) * kTileTokens + lane;
     if (is_needed(call, listed, j)) {
       const int32_t id = listed.sequence.table[j / pool.block_size];
       if (id >= 0 && id < pool.num_blocks) {
@@ -213,37 +228,51 @@ __device__ __noinline__ inline void gather_tile(const AttentionCall &call, Atten
     for (int head = 0; head < call.pack_heads; ++head) {
       const uint8_t *from = pool.base + from_slot / kTileTokens * pool.block_stride +
                             (int64_t{listed.item.head_pack} * call.pack_heads + head) * pool.head_stride;
-      uint8_t *tile = to + head * int64_t{pool.tile_bytes};
-      copy_codes(from, tile, call.head_dim_k, call.k_bits, false, row, t);
-      copy_codes(from + pool.v_codes, tile + pool.v_codes, call.head_dim_v, call.v_bits, true, row, t);
-      copy_scale(from + pool.k_scales, tile + pool.k_scales, call.k_scale_type, row, t);
-      copy_scale(from + pool.v_scales, tile + pool.v_scales, call.v_scale_type, row, t);
+      uint8_t *own = to + head * int64_t{pool.tile_bytes};
+      copy_codes(from, own, call.head_dim_k, call.k_bits, false, row, t);
+      copy_codes(from + pool.v_codes, own + pool.v_codes, call.head_dim_v, call.v_bits, true, row, t);
+      copy_scale(from + pool.k_scales, own + pool.k_scales, call.k_scale_type, row, t);
+      copy_scale(from + pool.v_scales, own + pool.v_scales, call.v_scale_type, row, t);
     }
   }
   bulk_copy_fence();
   __syncwarp();
 }
 
-// Begins to copy a tile to a stage that is free, by a warp. With kSmall blocks may be smaller than a tile.
+// Begins to copy step n to a stage that is free, by a warp. With kSmall blocks may be smaller than a tile.
 template <bool kSmall>
-__device__ __forceinline__ void copy_tile(const AttentionCall &call, const AttentionRing &ring, AttentionShared &shared,
-                                          Team team, int n, const uint8_t *from, uint8_t *to, uint64_t *full) {
+__device__ __forceinline__ void copy_step(const AttentionCall &call, const AttentionRing &ring, AttentionShared &shared,
+                                          const StepTable &table, Team team, int n, uint8_t *to, uint64_t *full) {
+  const uint8_t *const *from = table.address[n % kTable];
   if constexpr (kSmall) {
-    if (from == nullptr && call.pool.block_size < kTileTokens) gather_tile(call, shared, team, n, to);
+#pragma unroll 1
+    for (int t = 0; t < kStepTiles; ++t) {
+      if (from[t] == nullptr && call.pool.block_size < kTileTokens) {
+        gather_tile(call, shared, team, n, t, to + t * ring.tile_bytes);
+      }
+    }
   }
   if (lane_index() != 0) return;
-  const uint32_t bytes = uint32_t(call.pool.tile_bytes);
-  if (from == nullptr) {
+  uint32_t tiles = 0;
+#pragma unroll
+  for (int t = 0; t < kStepTiles; ++t) tiles += from[t] != nullptr && from[t] != no_tile() ? 1 : 0;
+  if (tiles == 0) {
     barrier_arrive(full);
     return;
   }
-  barrier_arrive_expect(full, bytes * uint32_t(call.pack_heads));
-  if (ring.in_one_copy) {
-    bulk_copy(to, from, bytes * uint32_t(call.pack_heads), full);
-  } else {
+  barrier_arrive_expect(full, tiles * uint32_t(ring.tile_bytes));
+#pragma unroll
+  for (int t = 0; t < kStepTiles; ++t) {
+    if (from[t] == nullptr || from[t] == no_tile()) continue;
+    uint8_t *tile = to + t * ring.tile_bytes;
+    if (ring.in_one_copy) {
+      bulk_copy(tile, from[t], uint32_t(ring.tile_bytes), full);
+    } else {
 #pragma unroll 1
-    for (int i = 0; i < call.pack_heads; ++i) {
-      bulk_copy(to + i * int(bytes), from + i * call.pool.head_stride, bytes, full);
+      for (int i = 0; i < call.pack_heads; ++i) {
+        bulk_copy(tile + i * call.pool.tile_bytes, from[t] + i * call.pool.head_stride, uint32_t(call.pool.tile_bytes),
+                  full);
+      }
     }
   }
 }
@@ -330,35 +359,43 @@ struct FixedV {
     }
   }
 
-  // set(row of queries)(channel, sum of w * byte, what a level is more than 2 * byte) for all of the lane's sums.
-  template <int kBlocks, class Set>
-  __device__ static void for_each_sum(const AttentionCall &, const int32_t (&high)[kProducts][kBlocks][4],
-                                      const int32_t (&low)[kProducts][kBlocks][4], int g, int q, Set &&set) {
+  // Sums of w * level of the lane's columns: of rows 2 (q & 1) + i of four queries by 2 block + i, the sum of whose w is
+  // weights[2 block + i].
+  template <int kBlocks>
+  __device__ static void add_up(const AttentionCall &, const int32_t (&high)[kProducts][kBlocks][4],
+                                const int32_t (&low)[kProducts][kBlocks][4], const float (&weights)[2 * kBlocks], int q,
+                                float (&sums)[2 * kBlocks][2 * kProducts]) {
     const bool upper = q >= 2;  // lanes of columns 4 to 7
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const auto set_row = set(4 * block + 2 * (q & 1) + i);
-        unrolled<2 * kProducts>([&](auto index) {
-          constexpr int n = index / 2, half = index % 2;
-          constexpr int kTile = kPairs ? std::min<int>(index, kTiles - 1) : 2 * n;       // of the lower lanes
-          constexpr int kUpperTile = kPairs || 2 * n + 1 == kTiles ? kTile : 2 * n + 1;  // of the upper ones
-          if (kPairs && index >= kTiles) return;
-          if (!kPairs && 2 * n + 1 == kTiles && upper) return;
-          float bytes = __fmaf_rn(256.0f, float(high[n][block][2 * half + i]), float(low[n][block][2 * half + i]));
-          const int r = kPairs ? upper : half;
-          const int channel =
-              upper ? Codes::template channel_of<kUpperTile>(r, g) : Codes::template channel_of<kTile>(r, g);
-          if constexpr (kUniform) {
-            constexpr float kLower = 1.0f / float(1 << Codes::shift(kTile, half));
-            constexpr float kUpper = 1.0f / float(1 << Codes::shift(kUpperTile, half));
-            bytes *= upper ? kUpper : kLower;
-          }
-          set_row(channel, bytes, kUniform ? -3.0f : 1.0f);
-        });
-      }
+    for (int row = 0; row < 2 * kBlocks; ++row) {
+      unrolled<2 * kProducts>([&](auto index) {
+        constexpr int n = index / 2, half = index % 2;
+        const int column = 2 * half + row % 2;
+        float bytes = __fmaf_rn(256.0f, float(high[n][row / 2][column]), float(low[n][row / 2][column]));
+        if constexpr (kUniform) {
+          constexpr float kLower = 2.0f / float(1 << Codes::shift(2 * n, half));
+          constexpr float kUpper = 2.0f / float(1 << Codes::shift(std::min(2 * n + 1, kTiles - 1), half));
+          sums[row][index] = __fmaf_rn(bytes, upper ? kUpper : kLower, -3.0f * weights[row]);
+        } else {  // level = 2 byte + 1
+          sums[row][index] = __fmaf_rn(2.0f, bytes, weights[row]);
+        }
+      });
     }
+  }
+
+  // set(index, channel) for the second index of those sums, but for what is nobody's.
+  template <class Set>
+  __device__ static void for_each_channel(const AttentionCall &, int g, int q, Set &&set) {
+    const bool upper = q >= 2;
+    unrolled<2 * kProducts>([&](auto index) {
+      constexpr int n = index / 2, half = index % 2;
+      constexpr int kTile = kPairs ? std::min<int>(index, kTiles - 1) : 2 * n;       // of the lower lanes
+      constexpr int kUpperTile = kPairs || 2 * n + 1 == kTiles ? kTile : 2 * n + 1;  // of the upper ones
+      if (kPairs && index >= kTiles) return;
+      if (!kPairs && 2 * n + 1 == kTiles && upper) return;
+      const int r = kPairs ? upper : half;
+      set(index, upper ? Codes::template channel_of<kUpperTile>(r, g) : Codes::template channel_of<kTile>(r, g));
+    });
   }
 };
 
@@ -383,14 +420,21 @@ struct AnyV {
     FixedV<8, kDim, false>::template add<kBlocks>(call, codes, g, q, b_high, b_low, high, low);
   }
 
-  template <int kBlocks, class Set>
-  __device__ static void for_each_sum(const AttentionCall &call, const int32_t (&high)[kProducts][kBlocks][4],
-                                      const int32_t (&low)[kProducts][kBlocks][4], int g, int q, Set &&set) {
-    if (call.v_uniform != 0) return FixedV<2, kDim, true>::template for_each_sum<kBlocks>(call, high, low, g, q, set);
-    if (call.v_bits == 2) return FixedV<2, kDim, false>::template for_each_sum<kBlocks>(call, high, low, g, q, set);
-    if (call.v_bits == 3) return FixedV<3, kDim, false>::template for_each_sum<kBlocks>(call, high, low, g, q, set);
-    if (call.v_bits == 4) return FixedV<4, kDim, false>::template for_each_sum<kBlocks>(call, high, low, g, q, set);
-    FixedV<8, kDim, false>::template for_each_sum<kBlocks>(call, high, low, g, q, set);
+  template <int kBlocks>
+  __device__ static void add_up(const AttentionCall &call, const int32_t (&high)[kProducts][kBlocks][4],
+                                const int32_t (&low)[kProducts][kBlocks][4], const float (&weights)[2 * kBlocks], int q,
+                                float (&sums)[2 * kBlocks][2 * kProducts]) {
+    if (call.v_uniform != 0) return FixedV<2, kDim, true>::template add_up<kBlocks>(call, high, low, weights, q, sums);
+    FixedV<4, kDim, false>::template add_up<kBlocks>(call, high, low, weights, q, sums);  // the same for all others
+  }
+
+  template <class Set>
+  __device__ static void for_each_channel(const AttentionCall &call, int g, int q, Set &&set) {
+    if (call.v_uniform != 0) return FixedV<2, kDim, true>::for_each_channel(call, g, q, set);
+    if (call.v_bits == 2) return FixedV<2, kDim, false>::for_each_channel(call, g, q, set);
+    if (call.v_bits == 3) return FixedV<3, kDim, false>::for_each_channel(call, g, q, set);
+    if (call.v_bits == 4) return FixedV<4, kDim, false>::for_each_channel(call, g, q, set);
+    FixedV<8, kDim, false>::for_each_channel(call, g, q, set);
   }
 };
 
@@ -402,13 +446,13 @@ struct AttentionShape {
   static constexpr int kHeadDimV = kDimV;
   static constexpr int kBlocks = kBlocksOfRows, kRows = 4 * kBlocks;
   static constexpr int kWarps = attention_warps(kDimK, kDimV, kBlocks);
-  static constexpr int kScratch = kRows * kDimV;  // floats a warp
+  static constexpr int kValues = 4 * kBlocks * V::kProducts;  // sums that a lane has
 };
 
 // ---- one warp's rows
 
-// Describes the rows of a warp's kv head, lanes 0 .. 7 one each; gives the tiles [x, y) that are visible to every row, and
-// coded.
+// Describes the rows of a warp's kv head, lanes 0 .. 7 one each; gives the item's tiles [x, y) that are visible to every
+// row, and coded.
 template <int kRows>
 __device__ __noinline__ int2 describe_rows(const AttentionCall &call, const ListedItem &listed, int pack_head,
                                            RowState *states) {
@@ -417,14 +461,14 @@ __device__ __noinline__ int2 describe_rows(const AttentionCall &call, const List
   const int row = lane_index(), token = item.token_block * call.block_tokens + row / call.block_heads;
   const int in_group = item.head_part * call.block_heads + row % call.block_heads;
   int begin = INT32_MIN, end = INT32_MAX;
-  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr, kFirstCheck};
+  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr};
   if (row < call.block_tokens * call.block_heads && token < sequence.q_len && in_group < call.group) {
     const int head = (item.head_pack * call.pack_heads + pack_head) * call.group + in_group;
     const int64_t at = int64_t{sequence.begin + token} * call.q_heads + head;
     state.position = position(call, sequence, token);
     const KeyRange keys = visible_keys(call, sequence, state.position);
     begin = state.low = keys.low;
-    end = state.high = min(keys.high, sequence.coded_length);
+    end = state.high = min(min(keys.high, sequence.coded_length), item.end_tile * kTileTokens);
     if (call.alibi_slopes != nullptr) state.slope = call.alibi_slopes[head] * kLog2E;
     state.query = call.query_rows[at];
     state.operands = call.query_operands + at * 2 * call.operand_bytes;
@@ -441,7 +485,7 @@ __device__ __noinline__ int2 describe_rows(const AttentionCall &call, const List
     end = int(min(int64_t{end}, max(sequence.first_position - call.exact_recent + 1, int64_t{INT32_MIN})));
   }
   __syncwarp();
-  const bool adjusted = call.soft_cap > 0 || call.alibi_slopes != nullptr || begin >= end;
+  const bool adjusted = call.alibi_slopes != nullptr || begin >= end;
   if (adjusted || end < 0) return make_int2(0, 0);
   return make_int2((max(begin, 0) + kTileTokens - 1) / kTileTokens, end / kTileTokens);
 }
@@ -452,27 +496,20 @@ class WarpRows {
   using K = typename Shape::K;
   using V = typename Shape::V;
   static constexpr int kBlocks = Shape::kBlocks;
+  static constexpr int kTiles = kBlocks;  // of a step that a lane weighs: its own, or both
+  static_assert(kStepTiles == 2);
 
-  // Operands of one tile's weights.
-  struct Weights {
-    uint32_t low[kBlocks][2], high[kBlocks][2];
-  };
-  using Scores = int32_t[2][4];
-  // Of keys and values 4 q .. 4 q + 3, as they are stored.
-  struct Scales {
-    uint32_t k[Shape::kAny ? 4 : 2], v[Shape::kAny ? 4 : 2];
-  };
-
-  __device__ WarpRows(const AttentionCall &call, float *scratch, RowState *states)
-      : call_(call), scratch_(scratch), states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
+  __device__ WarpRows(const AttentionCall &call, RowState *states)
+      : call_(call), states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
 
   __device__ void begin(const ListedItem &listed, int pack_head) {
     const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states_);
     plain_first_ = plain.x, plain_end_ = plain.y;
     const RowState &state = row();
     gain_ = state.query.gain, shifted_ = state.query.offset;
-    bias_[0] = bias_[1] = state.query.bias_high;
-    bias_[2] = bias_[3] = state.query.bias_low;
+    // Four registers, because a product takes them as a quad.
+    bias_[0] = state.query.bias_high, bias_[1] = apart(bias_[0]);
+    bias_[2] = state.query.bias_low, bias_[3] = apart(bias_[2]);
     const uint8_t *bytes = state.operands + q_ * 16 * K::kSteps;
 #pragma unroll
     for (int s = 0; s < K::kSteps; ++s) {
@@ -480,75 +517,6 @@ class WarpRows {
       if (state.operands != nullptr) word = *reinterpret_cast<const uint4 *>(bytes + 16 * s);
       a_[s][0] = word.x, a_[s][1] = word.y, a_[s][2] = word.z, a_[s][3] = word.w;
     }
-    sum_ = 0;
-    flags_ = kUnset;
-    check_ = kFirstCheck;
-    reset();
-  }
-
-  __device__ void score(const uint8_t *tile, Scores &c) const {
-    K::score(call_, tile, g_, q_, a_, bias_, c);
-  }
-
-  __device__ Scales scales(const uint8_t *tile) const {
-    Scales result;
-    load_scales(tile + call_.pool.k_scales, call_.k_scale_type, result.k);
-    load_scales(tile + call_.pool.v_scales, call_.v_scale_type, result.v);
-    return result;
-  }
-
-  // `number`: of the tile in its sequence; `exact`: its tokens that are read raw.
-  __device__ Weights weigh(const Scales &scales, int number, const uint16_t *exact, const Scores &c) {
-    float k_scale[4], v_scale[4], y[4];  // y: log2 of the weight p
-    convert_scales(scales.k, call_.k_scale_type, k_scale);
-    convert_scales(scales.v, call_.v_scale_type, v_scale);
-    if (number >= plain_first_ && number < plain_end_) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[i] = __fmaf_rn(score_of(c, i), k_scale[i] * gain_, shifted_);
-    } else {
-      adjust(c, k_scale, number * kTileTokens + 4 * q_, unsigned(*exact) >> (4 * q_), y, v_scale);
-    }
-    float p[4];
-    uint32_t w[4];
-    weights_of(y, v_scale, p, w);
-    const bool over = ((w[0] | w[1] | w[2] | w[3]) & 0xffff0000) != kOne;
-    if (__any_sync(kAll, over || (flags_ & (kFall | kUnset)) != 0)) {
-      choose_references(v_scale, over, y);
-      weights_of(y, v_scale, p, w);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) w[i] = min(max(w[i], kOne), kOne + 0xffff);
-    }
-    sum_ += (p[0] + p[1]) + (p[2] + p[3]);
-    weights_ += w[0] + w[1] + (w[2] + w[3]);
-    if (++run_ >= check_) check_average();
-    return operands_of(w);
-  }
-
-  __device__ void add(const uint8_t *tile, const Weights &b) {
-    V::template add<kBlocks>(call_, tile + call_.pool.v_codes, g_, q_, b.high, b.low, high_sums_, low_sums_);
-  }
-
-  // Whether there are weights of the item.
-  __device__ bool has_tiles() const {
-    return run_ > 0 || (flags_ & kFlushed) != 0;
-  }
-
-  // Leaves the rows' outputs in the scratch, and their reference and sum in the states.
-  __device__ void end() {
-    if (run_ > 0) flush();
-  }
-
- private:
-  static constexpr uint32_t kOne = 0x4b000000;  // 2^23: integers are a float's low bits
-  static constexpr int kMostTiles = 2048;       // so that sums stay below 2^31
-  // The row's weights are too small; its reference is not chosen yet, or the row does not exist; the scratch holds sums.
-  static constexpr unsigned kFall = 1, kUnset = 2, kFlushed = 4;
-
-  __device__ RowState &row() const {
-    return states_[kBlocks == 1 ? g_ & 3 : g_];
-  }
-
-  __device__ void reset() {
 #pragma unroll
     for (int n = 0; n < V::kProducts; ++n) {
 #pragma unroll
@@ -557,48 +525,205 @@ class WarpRows {
         for (int i = 0; i < 4; ++i) high_sums_[n][block][i] = low_sums_[n][block][i] = 0;
       }
     }
+    sum_ = 0;
     weights_ = 0;
+    squares_ = 0;
+    if (lane_index() == 0) states_[0].steps = 0;
+    flags_ = kUnset;
     run_ = 0;
+    check_ = kFirstCheck;
   }
 
-  // The score of token 4 q + i, an integer.
-  __device__ static float score_of(const Scores &c, int i) {
-    return float(256 * c[i >> 1][i & 1] + c[i >> 1][2 + (i & 1)]);
+  // Takes a step: tiles at `codes` and `tile_bytes` after, `number` and the next in their sequence. `exact`: tokens that are
+  // read raw, by tiles. `between` is called once, where it may take a while.
+  template <class Between>
+  __device__ __forceinline__ void take(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
+                                       Between &&between) {
+    uint32_t words[kTiles][2];  // 16-bit weights of the lane's keys
+    weigh(codes, tile_bytes, number, exact, words);
+    between();
+    const bool upper = g_ >= 4;
+    uint32_t others[kTiles][2];  // of the lane that has the other tile, or the other four rows
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) others[t][i] = __shfl_xor_sync(kAll, words[t][i], 16);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kStepTiles; ++tile) {
+      uint32_t low[kBlocks][2], high[kBlocks][2];
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        const int t = kBlocks == 1 ? 0 : tile;
+        const bool own = upper == ((kBlocks == 1 ? tile : block) == 1);
+        set_operand(own ? words[t][0] : others[t][0], own ? words[t][1] : others[t][1], low[block], high[block]);
+      }
+      V::template add<kBlocks>(call_, codes + tile * tile_bytes + call_.pool.v_codes, g_, q_, high, low, high_sums_,
+                               low_sums_);
+    }
   }
 
-  template <int kWords>
-  __device__ void load_scales(const uint8_t *scales, int type, uint32_t (&word)[kWords]) const {
+  // Leaves the reference and the sum of weights of each row in the states.
+  __device__ void end() {
+    sum_ = row_sum(sum_);
+    const bool set = (flags_ & kUnset) == 0 && sum_ != 0;
+    RowState &state = row();
+    const float base = set ? state.query.offset - shifted_ : kMinusInfinity;
+    __syncwarp();
+    if (q_ == 0 && g_ < Shape::kRows) state.base = base, state.total = sum_;
+    __syncwarp();
+  }
+
+  // The lane's sums of w * level, see FixedV.
+  __device__ void add_up(float (&sums)[2 * kBlocks][2 * V::kProducts]) const {
+    const float own = float(row_weights());
+    float weights[2 * kBlocks];
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) weights[i] = __shfl_sync(kAll, own, 4 * row_of(i));
+    V::template add_up<kBlocks>(call_, high_sums_, low_sums_, weights, q_, sums);
+  }
+  template <class Set>
+  __device__ void for_each_channel(Set &&set) const {
+    V::for_each_channel(call_, g_, q_, set);
+  }
+  // The row of the sums with first index i.
+  __device__ int row_of(int i) const { return 4 * (i / 2) + 2 * (q_ & 1) + i % 2; }
+
+ private:
+  static constexpr uint32_t kOne = 0x4b000000;  // 2^23: integers are a float's low bits
+  // The row's weights are to be looked at; its reference is not chosen yet, or the row does not exist.
+  static constexpr unsigned kLook = 1, kUnset = 2;
+  // What the root of the mean w^2 is not left below, where rounding adds 1 / (sqrt(12) * 900) = 3.2e-4 to the root of the
+  // sum of squares, or 8e-4 where the output is of 16 bits; and log2 of what a new reference is to make of it.
+  __device__ float least_weight() const { return call_.out.type == TQ_TYPE_F32 ? 900.0f : 360.0f; }
+  __device__ float good_weight() const { return call_.out.type == TQ_TYPE_F32 ? 10.5f : 9.25f; }
+  // Sums of weights that are so large that smaller weights' rounding does not show, and that are too large.
+  static constexpr uint32_t kLargeSum = 1u << 24, kMostSum = 1u << 29;
+
+  __device__ RowState &row() const {
+    return states_[kBlocks == 1 ? g_ & 3 : g_];
+  }
+
+  // Of all lanes that have keys of the row.
+  template <class Number>
+  __device__ static Number row_sum(Number x) {
+    x += __shfl_xor_sync(kAll, x, 1);
+    x += __shfl_xor_sync(kAll, x, 2);
+    if constexpr (kBlocks == 1) x += __shfl_xor_sync(kAll, x, 16);
+    return x;
+  }
+  __device__ static float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+    x = fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+    if constexpr (kBlocks == 1) x = fmaxf(x, __shfl_xor_sync(kAll, x, 16));
+    return x;
+  }
+
+  // The sum of the row's weights.
+  __device__ uint32_t row_weights() const {
+    return row_sum(weights_ - uint32_t(run_) * (4 * kTiles * kOne));
+  }
+
+  // The scores of tokens 4 q .. 4 q + 3 of a tile, integers.
+  __device__ void score(const uint8_t *codes, int32_t (&scores)[4]) const {
+    int32_t c[2][4];
+    K::score(call_, codes, g_, q_, a_, bias_, c);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[i] = 256 * c[i >> 1][i & 1] + c[i >> 1][2 + (i & 1)];
+  }
+
+  __device__ void load_scales(const uint8_t *scales, int type, float (&scale)[4]) const {
     if (Shape::kAny && type == TQ_TYPE_F32) {
-      const uint4 v = *reinterpret_cast<const uint4 *>(scales + 16 * q_);
-      word[0] = v.x, word[1] = v.y, word[kWords - 2] = v.z, word[kWords - 1] = v.w;
+      const float4 v = *reinterpret_cast<const float4 *>(scales + 16 * q_);
+      scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
     } else {
       const uint2 v = *reinterpret_cast<const uint2 *>(scales + 8 * q_);
-      word[0] = v.x, word[1] = v.y;
+      f32_pair_from_f16(v.x, scale[0], scale[1]);
+      f32_pair_from_f16(v.y, scale[2], scale[3]);
     }
   }
 
-  template <int kWords>
-  __device__ static void convert_scales(const uint32_t (&word)[kWords], int type, float (&scale)[4]) {
-    if (Shape::kAny && type == TQ_TYPE_F32) {
+  __device__ __forceinline__ void weigh(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
+                                        uint32_t (&words)[kTiles][2]) {
+    int32_t scores[kStepTiles][4];
+    score(codes, scores[0]);
+    score(codes + tile_bytes, scores[1]);
+    const bool upper = g_ >= 4;
+    if constexpr (kBlocks == 1) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scale[i] = __uint_as_float(word[i % kWords]);
-    } else {
-      f32_pair_from_f16(word[0], scale[0], scale[1]);
-      f32_pair_from_f16(word[1], scale[2], scale[3]);
+      for (int i = 0; i < 4; ++i) scores[0][i] = upper ? scores[1][i] : scores[0][i];
     }
+    float k_scale[kTiles][4], v_scale[kTiles][4], y[kTiles][4];  // y: log2 of the weight p
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const uint8_t *tile = codes + (kBlocks == 1 ? (upper ? tile_bytes : 0) : t * tile_bytes);
+      load_scales(tile + call_.pool.k_scales, call_.k_scale_type, k_scale[t]);
+      load_scales(tile + call_.pool.v_scales, call_.v_scale_type, v_scale[t]);
+    }
+    if (number >= plain_first_ && number + kStepTiles <= plain_end_) {
+      if (call_.soft_cap > 0) {
+        const float offset = row().query.offset, shift = shifted_ - offset;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            y[t][i] = cap(__fmaf_rn(float(scores[t][i]), k_scale[t][i] * gain_, offset)) + shift;
+          }
+        }
+      } else {
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) y[t][i] = __fmaf_rn(float(scores[t][i]), k_scale[t][i] * gain_, shifted_);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        const int tile = kBlocks == 1 ? (upper ? 1 : 0) : t;
+        adjust(scores[t], k_scale[t], (number + tile) * kTileTokens + 4 * q_, unsigned(exact[tile]) >> (4 * q_), y[t],
+               v_scale[t]);
+      }
+    }
+    float p[kTiles][4];
+    uint32_t w[kTiles][4];
+    uint32_t bits = weights_of(y, v_scale, p, w);
+    const bool over = (bits & 0xffff0000) != kOne;
+    if (__any_sync(kAll, over || flags_ != 0)) {
+      choose_references(v_scale, over, y);
+      bits = weights_of(y, v_scale, p, w);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) w[t][i] = min(max(w[t][i], kOne), kOne + 0xffff);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      sum_ += (p[t][0] + p[t][1]) + (p[t][2] + p[t][3]);
+      weights_ += w[t][0] + w[t][1] + (w[t][2] + w[t][3]);
+      words[t][0] = permute(w[t][0], w[t][1], 0x5410);
+      words[t][1] = permute(w[t][2], w[t][3], 0x5410);
+    }
+    const float largest = float(bits & 0xffff);
+    squares_ = __fmaf_rn(largest, largest, squares_);
+    if (++run_ >= check_) look();
+  }
+
+  // soft_cap * tanh(x / soft_cap), in units of log2.
+  __device__ float cap(float x) const {
+    return __fmaf_rn(-2.0f * call_.cap_log2, reciprocal_approx(1.0f + exp2_approx(x * call_.cap_factor)),
+                     call_.cap_log2);
   }
 
   // y of keys j .. j + 3 with all that changes or hides scores: -infinity where hidden, and there no value.
-  __device__ void adjust(const Scores &c, const float (&k_scale)[4], int j, unsigned exact, float (&y)[4],
+  __device__ void adjust(const int32_t (&scores)[4], const float (&k_scale)[4], int j, unsigned exact, float (&y)[4],
                          float (&v_scale)[4]) const {
     const RowState &state = row();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float score = __fmaf_rn(score_of(c, i), k_scale[i] * gain_, state.query.offset);
-      if (call_.soft_cap > 0) {  // cap * tanh(score / cap)
-        const float power = exp2_approx(score * call_.cap_factor);
-        score = call_.cap_log2 * (1.0f - 2.0f * reciprocal_approx(1.0f + power));
-      }
+      float score = __fmaf_rn(float(scores[i]), k_scale[i] * gain_, state.query.offset);
+      if (call_.soft_cap > 0) score = cap(score);
       if (call_.alibi_slopes != nullptr) score = __fmaf_rn(state.slope, float(j + i - state.position), score);
       const bool seen = j + i >= state.low && j + i < state.high && (exact >> i & 1) == 0;
       y[i] = seen ? score + (shifted_ - state.query.offset) : kMinusInfinity;
@@ -606,146 +731,157 @@ class WarpRows {
     }
   }
 
-  __device__ void weights_of(const float (&y)[4], const float (&v_scale)[4], float (&p)[4], uint32_t (&w)[4]) const {
+  // Weights p, and w as kOne + w; gives all bits of these.
+  __device__ uint32_t weights_of(const float (&y)[kTiles][4], const float (&v_scale)[kTiles][4], float (&p)[kTiles][4],
+                                 uint32_t (&w)[kTiles][4]) const {
+    uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      p[i] = exp2_approx(y[i]);
-      w[i] = __float_as_uint(__fmaf_rn(p[i], v_scale[i], 0x1p23f));
-    }
-  }
-
-  __device__ Weights operands_of(const uint32_t (&w)[4]) const {
-    Weights b;
-    const bool odd = g_ >= 4, pairs = V::pairs(call_);
-    const uint32_t first = permute(w[0], w[1], 0x5410), second = permute(w[2], w[3], 0x5410);
-    uint32_t other_first = first, other_second = second;
-    if constexpr (kBlocks == 2) {
-      other_first = __shfl_xor_sync(kAll, first, 16);
-      other_second = __shfl_xor_sync(kAll, second, 16);
-    }
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const bool own = kBlocks == 1 || odd == (block == 1);
-      const uint32_t u = own ? first : other_first, v = own ? second : other_second;
-      if (pairs) {
-        const uint32_t low = odd ? 0x2404 : 0x4240, high = odd ? 0x3414 : 0x4341;
-        b.low[block][0] = permute(u, 0, low), b.low[block][1] = permute(v, 0, low);
-        b.high[block][0] = permute(u, 0, high), b.high[block][1] = permute(v, 0, high);
-      } else {
-        const uint32_t low = permute(u, v, 0x6420), high = permute(u, v, 0x7531);
-        b.low[block][0] = odd ? 0 : low, b.low[block][1] = odd ? low : 0;
-        b.high[block][0] = odd ? 0 : high, b.high[block][1] = odd ? high : 0;
+      for (int i = 0; i < 4; ++i) {
+        p[t][i] = exp2_approx(y[t][i]);
+        w[t][i] = __float_as_uint(__fmaf_rn(p[t][i], v_scale[t][i], 0x1p23f));
+        bits |= w[t][i];
       }
     }
-    return b;
+    return bits;
   }
 
-  // The sum of the row's weights since the last flush.
-  __device__ uint32_t row_weights() const {
-    uint32_t w = weights_ - uint32_t(run_) * (4 * kOne);
-    w += __shfl_xor_sync(kAll, w, 1);
-    w += __shfl_xor_sync(kAll, w, 2);
-    return w;
-  }
-
-  __device__ void check_average() {
-    const float least = call_.out.type == TQ_TYPE_F32 ? 768.0f : 192.0f;
-    const bool small = float(row_weights()) < least * float(run_ * kTileTokens) && (flags_ & kUnset) == 0;
-    if (small || run_ >= kMostTiles) flags_ |= kFall;
-    const int interval = states_[0].interval;
-    check_ = min(run_ + interval, kMostTiles);
-    if (__any_sync(kAll, (flags_ & kFall) != 0) && lane_index() == 0) {
-      states_[0].interval = min(2 * interval, kMostTiles);  // a flush costs much
+  // The operand of four rows: bytes of weights, by turns with zeros (V::kPairs), or one half of zeros.
+  __device__ void set_operand(uint32_t first, uint32_t second, uint32_t (&low)[2], uint32_t (&high)[2]) const {
+    const bool odd = g_ >= 4;
+    if (V::pairs(call_)) {
+      const uint32_t low_bytes = odd ? 0x2404 : 0x4240, high_bytes = odd ? 0x3414 : 0x4341;
+      low[0] = permute(first, 0, low_bytes), low[1] = permute(second, 0, low_bytes);
+      high[0] = permute(first, 0, high_bytes), high[1] = permute(second, 0, high_bytes);
+    } else {
+      const uint32_t low_word = permute(first, second, 0x6420), high_word = permute(first, second, 0x7531);
+      low[0] = odd ? 0 : low_word, low[1] = odd ? low_word : 0;
+      high[0] = odd ? 0 : high_word, high[1] = odd ? high_word : 0;
     }
-    __syncwarp();
   }
 
-  // New references where there are none yet, a weight is too large, or weights have become small; `y` with them. Sums so
-  // far go to the scratch.
-  __device__ void choose_references(const float (&v_scale)[4], bool over, float (&y)[4]) {
-    if (run_ > 0) flush();
-    check_ = states_[0].interval;
+  // Whether weights are so small that their rounding shows, or sums too large; the next step does what is needed. Rounding
+  // adds an error of about sqrt(n / 12) to a sum of n values, if they are independent of size sqrt(sum of w^2).
+  __device__ void look() {
+    const uint32_t sum = row_weights();
+    const float squares = 0.5f * row_sum(squares_), least = least_weight();
+    const float keys = float((states_[0].steps + run_) * kStepTiles * kTileTokens);
+    const bool small =
+        sum < kLargeSum && float(sum) < least * keys && squares < least * least * keys;
+    if ((flags_ & kUnset) == 0 && (small || sum >= kMostSum || run_ >= kMostSteps)) flags_ |= kLook;
+    check_ = min(2 * run_, kMostSteps);
+  }
+
+  // New references where there are none yet, a weight is too large, weights have become small or sums large; `y` and the
+  // sums with them.
+  __device__ void choose_references(const float (&v_scale)[kTiles][4], bool over, float (&y)[kTiles][4]) {
     // log2 of the row's weights w: the largest, and the moments of what the others are below it.
-    float weight[4], most = kMinusInfinity, most_score = kMinusInfinity;
+    float weight[kTiles][4], most = kMinusInfinity, most_score = kMinusInfinity;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      weight[i] = v_scale[i] > 0 ? y[i] + log2_approx(v_scale[i]) : kMinusInfinity;
-      most = fmaxf(most, weight[i]);
-      most_score = fmaxf(most_score, y[i]);
-    }
-    int changes = (over ? 1 : 0) | ((flags_ & (kFall | kUnset)) != 0 ? 2 : 0);
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-    for (int lane = 1; lane <= 2; lane *= 2) {
-      most = fmaxf(most, __shfl_xor_sync(kAll, most, lane));
-      most_score = fmaxf(most_score, __shfl_xor_sync(kAll, most_score, lane));
-      changes |= __shfl_xor_sync(kAll, changes, lane);
+      for (int i = 0; i < 4; ++i) {
+        weight[t][i] = v_scale[t][i] > 0 ? y[t][i] + log2_approx(v_scale[t][i]) : kMinusInfinity;
+        most = fmaxf(most, weight[t][i]);
+        most_score = fmaxf(most_score, y[t][i]);
+      }
     }
-    float count = 0, mean = 0, square = 0;
+    most = row_max(most);
+    most_score = row_max(most_score);
+    const bool outlier = row_max(over ? 1.0f : 0.0f) > 0;
+    float count = 0, mean = 0, square = 0, power = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (weight[i] == kMinusInfinity) continue;
-      const float below = weight[i] - most;
-      count += 1, mean += below, square = __fmaf_rn(below, below, square);
-    }
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-    for (int lane = 1; lane <= 2; lane *= 2) {
-      count += __shfl_xor_sync(kAll, count, lane);
-      mean += __shfl_xor_sync(kAll, mean, lane);
-      square += __shfl_xor_sync(kAll, square, lane);
+      for (int i = 0; i < 4; ++i) {
+        if (weight[t][i] == kMinusInfinity) continue;
+        const float below = weight[t][i] - most;
+        count += 1, mean += below, square = __fmaf_rn(below, below, square);
+        power += exp2_approx(2 * below);
+      }
     }
-    mean *= reciprocal_approx(fmaxf(count, 1));
-    square *= reciprocal_approx(fmaxf(count, 1));
+    count = reciprocal_approx(fmaxf(row_sum(count), 1));
+    mean = row_sum(mean) * count;
+    square = row_sum(square) * count;
+    power = row_sum(power) * count;
     const float spread = exp2_approx(0.5f * log2_approx(fmaxf(__fmaf_rn(-mean, mean, square), 1e-6f)));
     // A weight that was too large is an outlier; else the largest of some thousand keys is expected at 2^16, if that leaves
-    // the largest of these large enough.
-    const float most_expected = call_.out.type == TQ_TYPE_F32 ? 2.0f : 4.0f;
-    const float expected =
-        (changes & 2) != 0 ? fminf(fmaxf(__fmaf_rn(3.25f, spread, mean), 0) + 0.1f, most_expected) : 2.0f;
+    // the root of the mean w^2 of these large enough.
+    const bool unset = (flags_ & kUnset) != 0, look = (flags_ & kLook) != 0;
+    const float room = fmaxf(0.5f * log2_approx(power) + (16 - good_weight()), 0);
+    const float expected = unset || look ? fminf(fmaxf(__fmaf_rn(3.75f, spread, mean), 0), room) + 0.1f : 2.0f;
     if (most == kMinusInfinity) most = most_score;  // no value, but a weight
-    if (changes != 0 && most != kMinusInfinity) {
-      const float rise = most + expected - 16;
-      shifted_ -= rise;
-      flags_ &= ~kUnset;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[i] -= rise;
+    int rise = 0;
+    const bool change = (unset || look || outlier) && most != kMinusInfinity;
+    if (change) rise = __float2int_ru(most + expected - 16);
+    uint32_t sum = row_weights();
+    if (!unset && sum >= kMostSum / 2) {
+      rise = max(rise, 4);
+    } else if (!unset && rise < 0) {  // as far as the sum stays below kMostSum
+      rise = -min(-rise, max(__clz(int(sum)) - 3, 0));
     }
-    flags_ &= ~kFall;
-    if (gain_ == 0) flags_ &= ~kUnset;  // no such row, or all its scores are equal
+    if (__any_sync(kAll, !unset && (rise != 0 || look))) {
+      const int shift = unset ? 0 : rise;
+      shift_sums(shift);
+      sum = shift >= 32 ? 0 : shift >= 0 ? sum >> shift : sum << -shift;
+      sum_ = shift > 126 ? 0.0f : sum_ * __int_as_float((127 - shift) << 23);
+      weights_ = q_ == 0 && g_ < Shape::kRows ? sum : 0;
+      squares_ = shift > 60 ? 0.0f : squares_ * __int_as_float((127 - 2 * shift) << 23);
+      __syncwarp();
+      if (lane_index() == 0) states_[0].steps += run_;
+      __syncwarp();
+      run_ = 0;
+      check_ = kFirstCheck;
+    }
+    shifted_ -= float(rise);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[t][i] -= float(rise);
+    }
+    flags_ &= ~kLook;
+    if (change || gain_ == 0) flags_ &= ~kUnset;  // gain 0: no such row, or all its scores are equal
   }
 
-  // Adds the integer sums to the scratch, whose unit is that of the state's base.
-  __device__ void flush() {
-    RowState &state = row();
-    sum_ += __shfl_xor_sync(kAll, sum_, 1);
-    sum_ += __shfl_xor_sync(kAll, sum_, 2);
-    const bool set = (flags_ & kUnset) == 0 && sum_ != 0, flushed = (flags_ & kFlushed) != 0;
-    const float old_base = state.base, ref = state.query.offset - shifted_,
-                base = set ? fmaxf(old_base, ref) : old_base;
-    const float keep = old_base == kMinusInfinity ? 0.0f : exp2_approx(old_base - base);
-    const float gain = set ? exp2_approx(ref - base) : 0.0f;
-    __syncwarp();
-    if (q_ == 0 && g_ < Shape::kRows) {
-      state.base = base;
-      state.total = __fmaf_rn(sum_, gain, state.total * keep);
+  // Divides all sums by 2^shift of their row, and leaves less than 256 in the low ones.
+  __device__ void shift_sums(int shift) {
+    const bool simple = !__any_sync(kAll, shift < 0 || shift > 16);
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int by = __shfl_sync(kAll, shift, 4 * (4 * block + 2 * (q_ & 1) + i));
+        if (simple) {
+          const int32_t mask = (1 << by) - 1;
+#pragma unroll
+          for (int n = 0; n < V::kProducts; ++n) {
+#pragma unroll
+            for (int k = i; k < 4; k += 2) {
+              int32_t &high = high_sums_[n][block][k], &low = low_sums_[n][block][k];
+              high += low >> 8;
+              low = ((low & 255) + 256 * (high & mask)) >> by;
+              high >>= by;
+            }
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < V::kProducts; ++n) {
+#pragma unroll
+            for (int k = i; k < 4; k += 2) {
+              int32_t &high = high_sums_[n][block][k], &low = low_sums_[n][block][k];
+              int64_t sum = 256 * int64_t{high} + low;
+              sum = by >= 0 ? sum >> min(by, 63) : sum * (int64_t{1} << -by);
+              high = int32_t(sum >> 8);
+              low = int32_t(sum & 255);
+            }
+          }
+        }
+      }
     }
-    __syncwarp();
-    sum_ = 0;
-    const float weights = float(row_weights());
-    V::template for_each_sum<kBlocks>(call_, high_sums_, low_sums_, g_, q_, [&](int row) {
-      const float row_keep = __shfl_sync(kAll, keep, 4 * row), row_gain = __shfl_sync(kAll, gain, 4 * row);
-      const float row_weight = __shfl_sync(kAll, weights, 4 * row);
-      float *to = scratch_ + row * Shape::kHeadDimV;
-      return [=](int channel, float bytes, float ones) {  // level = 2 * byte + ones
-        const float levels = __fmaf_rn(2.0f, bytes, ones * row_weight);
-        to[channel] = flushed ? __fmaf_rn(levels, row_gain, to[channel] * row_keep) : levels * row_gain;
-      };
-    });
-    flags_ |= kFlushed;
-    reset();
   }
 
   const AttentionCall &call_;
-  float *scratch_;
   RowState *states_;
   int g_, q_;
 
@@ -755,53 +891,88 @@ class WarpRows {
   float gain_;
   int plain_first_, plain_end_;
 
-  // Of the lane's row and tokens.
+  // Of the lane's row and keys.
   float shifted_;     // the row's offset less its reference
-  float sum_;         // of p since the last flush
-  uint32_t weights_;  // of w since then, as the words they come in
+  float sum_;         // of p
+  uint32_t weights_;  // of w, with kOne for each of the steps of the run
+  float squares_;     // of the bits of every step's w: about twice the sum of w^2
   unsigned flags_;
   // The warp's.
-  int run_, check_;  // tiles since the last flush, and when to look at their weights
+  int run_, check_;  // steps since the references were changed, and when to look at weights
   int32_t high_sums_[V::kProducts][kBlocks][4], low_sums_[V::kProducts][kBlocks][4];
 };
 
 // ---- the kernel
 
-// Adds up what the teams have of a head's rows, and leaves it as a partial result.
+// Adds up what the teams have of a head's rows, and leaves it as a partial result. `scratch` and `states`: of the head in
+// the first team that has any; those of the next are pack_heads warps further. Short, because it is run once: fetching
+// code takes longer than running it.
 template <class Shape>
-__device__ __noinline__ void write_partial(const AttentionCall &call, int64_t slot_number, int head, Team team,
-                                           const float *scratch, const RowState *states) {
-  const int lane = lane_index(), rows = call.block_tokens * call.block_heads;
-  uint8_t *slot = call.partials + slot_number * call.slot_bytes;
-  float2 *to_states = reinterpret_cast<float2 *>(slot) + head * rows;
-  float *to = reinterpret_cast<float *>(slot + partial_outputs(call.pack_heads, rows)) +
-              int64_t{head} * rows * Shape::kHeadDimV;
-#pragma unroll 1
-  for (int row = 0; row < rows; ++row) {
-    float most = kMinusInfinity, sum = 0;
-    for (int i = 0; i < team.count; ++i) {
-      most = fmaxf(most, states[(i * call.pack_heads + head) * Shape::kRows + row].base);
-    }
-    for (int i = 0; i < team.count; ++i) {
-      const RowState &state = states[(i * call.pack_heads + head) * Shape::kRows + row];
-      if (state.base != kMinusInfinity) sum = __fmaf_rn(state.total, exp2_approx(state.base - most), sum);
-    }
-    if (team.index == 0 && lane == 0) to_states[row] = make_float2(most, sum);
-    for (int c = 4 * (lane + 32 * team.index); c < Shape::kHeadDimV; c += 128 * team.count) {
-      float4 out = make_float4(0, 0, 0, 0);
-      for (int i = 0; i < team.count; ++i) {
-        const int warp = i * call.pack_heads + head;
-        const float base = states[warp * Shape::kRows + row].base;
-        if (base == kMinusInfinity) continue;
-        const float factor = exp2_approx(base - most);
-        const float4 v =
-            *reinterpret_cast<const float4 *>(scratch + warp * Shape::kScratch + row * Shape::kHeadDimV + c);
-        out.x = __fmaf_rn(v.x, factor, out.x), out.y = __fmaf_rn(v.y, factor, out.y);
-        out.z = __fmaf_rn(v.z, factor, out.z), out.w = __fmaf_rn(v.w, factor, out.w);
-      }
-      *reinterpret_cast<float4 *>(to + row * Shape::kHeadDimV + c) = out;
+__device__ void write_partial(const AttentionCall &call, int64_t slot_number, int head, Team team,
+                              const WarpRows<Shape> &rows, float *scratch, const RowState *states) {
+  constexpr int kRows = 2 * Shape::kBlocks, kColumns = Shape::kValues / kRows, kWarpScratch = Shape::kValues * 32;
+  const int lane = lane_index(), num_rows = call.block_tokens * call.block_heads;
+  float sums[kRows][kColumns];
+  rows.add_up(sums);
+  if (team.index > 0) {
+    float *own = scratch + (team.index - 1) * call.pack_heads * kWarpScratch + lane;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) own[32 * (r * kColumns + i)] = sums[r][i];
     }
   }
+  group_barrier(1 + head, 32 * team.count);
+  if (team.index == 0) {
+    uint8_t *slot = call.partials + slot_number * call.slot_bytes;
+    const int state_stride = call.pack_heads * Shape::kRows;
+    if (lane < num_rows) {
+      float most = kMinusInfinity, sum = 0;
+#pragma unroll 1
+      for (int i = 0; i < team.count; ++i) most = fmaxf(most, states[i * state_stride + lane].base);
+#pragma unroll 1
+      for (int i = 0; i < team.count; ++i) {
+        const RowState &state = states[i * state_stride + lane];
+        if (state.base != kMinusInfinity) sum = __fmaf_rn(state.total, exp2_approx(state.base - most), sum);
+      }
+      (reinterpret_cast<float2 *>(slot) + head * num_rows)[lane] = make_float2(most, sum);
+    }
+    float most[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const RowState *state = states + rows.row_of(r);
+      const float own = state->base;
+      most[r] = own;
+#pragma unroll 1
+      for (int i = 1; i < team.count; ++i) most[r] = fmaxf(most[r], state[i * state_stride].base);
+      const float factor = own == kMinusInfinity ? 0.0f : exp2_approx(own - most[r]);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) sums[r][i] *= factor;
+    }
+#pragma unroll 1
+    for (int other = 1; other < team.count; ++other) {
+      const float *from = scratch + (other - 1) * call.pack_heads * kWarpScratch + lane;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float base = states[other * state_stride + rows.row_of(r)].base;
+        const float factor = base == kMinusInfinity ? 0.0f : exp2_approx(base - most[r]);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          sums[r][i] = __fmaf_rn(from[32 * (r * kColumns + i)], factor, sums[r][i]);
+        }
+      }
+    }
+    float *to = reinterpret_cast<float *>(slot + partial_outputs(call.pack_heads, num_rows)) +
+                int64_t{head} * num_rows * Shape::kHeadDimV;
+    rows.for_each_channel([&](int i, int channel) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int row = rows.row_of(r);
+        if (row < num_rows) to[row * Shape::kHeadDimV + channel] = sums[r][i];
+      }
+    });
+  }
+  group_barrier(1 + head, 32 * team.count);
 }
 
 template <class Shape>
@@ -813,9 +984,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   const int warp = int(threadIdx.x) / 32, lane = lane_index();
   const int head = warp % call.pack_heads;
   const Team team{warp / call.pack_heads, int(blockDim.x) / 32 / call.pack_heads};
-  float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at);
+  float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at) + head * (Shape::kValues * 32);
   RowState *states = reinterpret_cast<RowState *>(memory + ring.rows_at);
-  TileTable &table = reinterpret_cast<TileTable *>(memory + ring.tables_at)[team.index];
+  StepTable &table = reinterpret_cast<StepTable *>(memory + ring.tables_at)[team.index];
   uint8_t *stages = memory + team.index * ring.stages * ring.stage_bytes;
   uint64_t *full = shared.full + team.index * ring.stages, *empty = shared.empty + team.index * ring.stages;
   for (int i = int(threadIdx.x); i < team.count * ring.stages; i += int(blockDim.x)) {
@@ -824,10 +995,11 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   }
   barrier_init_fence();
   grid_dependency_wait();
+  grid_dependency_launch();
   BlockItems block = call.block_items[blockIdx.x];
 
-  WarpRows<Shape> rows(call, scratch + warp * Shape::kScratch, states + warp * Shape::kRows);
-  int stage = 0;  // of the next tile, and the parity of its barriers' phase
+  WarpRows<Shape> rows(call, states + warp * Shape::kRows);
+  int stage = 0;  // of the next step, and the parity of its barriers' phase
   uint32_t parity = 0;
 #pragma unroll 1
   for (; block.count > 0; block.first += kMaxItems, block.count -= kMaxItems) {
@@ -842,68 +1014,51 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     }
     __syncthreads();
     if (head == 0) {
-      find_tiles(call, shared, table, team, 0);
-      find_tiles(call, shared, table, team, kBatch);
+      find_steps(call, shared, table, team, 0);
+      find_steps(call, shared, table, team, kBatch);
       __syncwarp();
 #pragma unroll 1
-      for (int n = 0, to = stage; n < ring.stages && table.address[n] != no_tile(); ++n) {  // all stages are free
-        copy_tile<Shape::kAny>(call, ring, shared, team, n, table.address[n], stages + to * ring.stage_bytes,
-                               &full[to]);
+      for (int n = 0, to = stage; n < ring.stages && table.address[n][0] != no_step(); ++n) {  // all stages are free
+        copy_step<Shape::kAny>(call, ring, shared, table, team, n, stages + to * ring.stage_bytes, &full[to]);
         if (++to == ring.stages) to = 0;
       }
     }
-    int n = 0, turn = 0;  // the next tile, and whose turn it is to copy
+    int n = 0, turn = 0;  // the next step, and whose turn it is to copy
 #pragma unroll 1
     for (int i = 0; i < shared.num_items; ++i) {
       const ListedItem &listed = shared.items[i];
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
       rows.begin(listed, head);
-      int left = tiles_of(listed.item, team), tile = listed.item.first_tile + team.index;
-      const uint8_t *now = stages + stage * ring.stage_bytes + head * call.pool.tile_bytes;
-      typename WarpRows<Shape>::Weights weights{};  // before the first tile: of nothing
-      // Leaves tile n - 1 and, in turn, copies the one that takes the place of tile n - 2.
-      const auto release = [&] {
-        const int old = stage == 0 ? ring.stages - 1 : stage - 1;
-        __syncwarp();
-        if (turn == head && n >= 2) {
-          const int next = n - 2 + ring.stages, free = old == 0 ? ring.stages - 1 : old - 1;
-          const uint8_t *from = table.address[next % kTable];
-          if (from != no_tile()) {
-            barrier_wait(&empty[free], stage >= 2 ? parity : parity ^ 1);
-            copy_tile<Shape::kAny>(call, ring, shared, team, next, from, stages + free * ring.stage_bytes, &full[free]);
-          }
-        }
-        if (lane == 0) barrier_arrive(&empty[old]);
-        if (++turn == call.pack_heads) turn = 0;
-      };
+      int left = steps_of(listed.item, team), tile = tile_of(listed.item, team, 0);
 #pragma unroll 1
       while (left > 0) {
-        if (n % kBatch == 0 && n > 0 && head == 0) find_tiles(call, shared, table, team, n + kBatch);
+        if (n % kBatch == 0 && n > 0 && head == 0) find_steps(call, shared, table, team, n + kBatch);
         __syncwarp();
         const int end = n + min(left, kBatch - n % kBatch);
         left -= end - n;
 #pragma unroll 1
-        for (; n < end; ++n, tile += team.count) {
-          typename WarpRows<Shape>::Scores scores;
-          const uint8_t *next = stages + stage * ring.stage_bytes + head * call.pool.tile_bytes;
+        for (; n < end; ++n, tile += kStepTiles * team.count) {
           barrier_wait(&full[stage], parity);
-          const typename WarpRows<Shape>::Scales scales = rows.scales(next);
-          rows.add(now, weights);
-          rows.score(next, scores);
-          if (rows.has_tiles()) release();
-          weights = rows.weigh(scales, tile, &table.exact[n % kTable], scores);
-          now = next;
+          rows.take(stages + stage * ring.stage_bytes + head * call.pool.tile_bytes, ring.tile_bytes, tile,
+                    table.exact[n % kTable], [&] {
+                      // In turn: the step that takes the place of the one before.
+                      if (turn == head && n > 0) {
+                        const int next = n - 1 + ring.stages, free = stage == 0 ? ring.stages - 1 : stage - 1;
+                        barrier_wait(&empty[free], stage == 0 ? parity ^ 1 : parity);
+                        if (table.address[next % kTable][0] != no_step()) {
+                          copy_step<Shape::kAny>(call, ring, shared, table, team, next,
+                                                 stages + free * ring.stage_bytes, &full[free]);
+                        }
+                      }
+                      if (++turn == call.pack_heads) turn = 0;
+                    });
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&empty[stage]);
           if (++stage == ring.stages) stage = 0, parity ^= 1;
         }
       }
-      if (rows.has_tiles()) {
-        rows.add(now, weights);
-        release();
-      }
       rows.end();
-      group_barrier(1 + head, 32 * team.count);
-      write_partial<Shape>(call, int64_t{block.first} + i, head, team, scratch, states);
-      group_barrier(1 + head, 32 * team.count);
+      write_partial<Shape>(call, int64_t{block.first} + i, head, team, rows, scratch, states + head * Shape::kRows);
     }
     __syncthreads();
   }
@@ -932,23 +1087,26 @@ int load_attention() {
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
 int launch_attention_of(const AttentionCall &call, void *stream) {
   using Shape = decltype(shape_of<kDimK, kDimV, kBitsK, kBitsV, kBlocks>());
-  constexpr int kLeastStages = 3;  // the kernel's order of steps takes them
   AttentionRing ring{};
-  ring.stage_bytes = (call.pack_heads * call.pool.tile_bytes + 127) / 128 * 128;
+  ring.tile_bytes = call.pack_heads * call.pool.tile_bytes;
+  ring.stage_bytes = (kStepTiles * ring.tile_bytes + 127) / 128 * 128;
   ring.in_one_copy = call.pool.head_stride == call.pool.tile_bytes;
-  for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
-    const int warps = teams * call.pack_heads, scratch = warps * Shape::kScratch * int(sizeof(float));
-    const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(TileTable));
-    const int others = scratch + states + tables + int(sizeof(AttentionShared));
-    ring.stages =
-        std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, 16));
-    if (ring.stages < kLeastStages) continue;
-    ring.scratch_at = teams * ring.stages * ring.stage_bytes;
-    ring.rows_at = ring.scratch_at + scratch;
-    ring.tables_at = ring.rows_at + states;
-    ring.shared_at = ring.tables_at + tables;
-    return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks), unsigned(32 * warps),
-                            size_t(ring.stages * teams * ring.stage_bytes + others), stream, call, ring);
+  for (const int least_stages : {3, 2}) {  // with two, copies wait for each other
+    for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
+      const int warps = teams * call.pack_heads;
+      const int scratch = (warps - call.pack_heads) * Shape::kValues * 32 * int(sizeof(float));
+      const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(StepTable));
+      const int others = scratch + states + tables + int(sizeof(AttentionShared));
+      ring.stages =
+          std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, 12));
+      if (ring.stages < least_stages) continue;
+      ring.scratch_at = teams * ring.stages * ring.stage_bytes;
+      ring.rows_at = ring.scratch_at + scratch;
+      ring.tables_at = ring.rows_at + states;
+      ring.shared_at = ring.tables_at + tables;
+      return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks), unsigned(32 * warps),
+                              size_t(ring.shared_at) + sizeof(AttentionShared), stream, call, ring);
+    }
   }
   return int(cudaErrorInvalidConfiguration);
 }

@@ -668,10 +668,14 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
                                             const FinishWork &work) {
   __shared__ Factors factors;
   BlockRows rows;
-  if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return;
+  // What comes before the wait is written by "prepare", whose end the kernels before have waited for.
+  if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return grid_dependency_wait();
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   const int32_t s = rows.segment.sequence;
-  const bool good = call.sequence_states[s] == kGood && call.sequence_faults[s] == 0;
+  // Faults that "attention" finds are seen after the wait; before, some threads may see them.
+  const auto is_good = [&] {
+    return call.sequence_states[s] == kGood && *const_cast<const volatile int32_t *>(&call.sequence_faults[s]) == 0;
+  };
   auto *memory = static_cast<uint8_t *>(dynamic_shared());
   [[maybe_unused]] float *raw_outputs = nullptr;
   [[maybe_unused]] const State *raw_states = nullptr;
@@ -684,7 +688,10 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
                                      reinterpret_cast<PerRow<kRawRows> *>(memory + work.weights),
                                      reinterpret_cast<const void **>(memory + work.values),
                                      reinterpret_cast<float *>(memory + work.raw)};
-    if (good) {
+    __shared__ bool usable;
+    if (threadIdx.x == 0) usable = is_good();
+    __syncthreads();
+    if (usable) {
       RawPart<kRawRows>(call, rows, shared, keys, positions, states, corrections).run();
       __syncthreads();
     }
@@ -692,15 +699,18 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     raw_states = states;
   }
 
+  bool of_new = call.splits > call.page_splits;  // k_new first, if "attention" read it
+  Partials partials(call, rows, of_new);
+  grid_dependency_wait();
+  const bool good = is_good();  // looked at last: it takes a while to load
   float *sums = reinterpret_cast<float *>(memory + work.sums), *added = reinterpret_cast<float *>(memory + work.added);
   const uint8_t *outputs = call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
                            int64_t{rows.head_in_pack * segment_rows(call) + rows.first_row} * n * int64_t{sizeof(float)};
   constexpr State kNone{-INFINITY, 0};
   State coded = kNone, raw = kNone, own = kNone;
-  int count = 0;  // `good` is looked at last: it takes a while to load
+  int count = 0;
 #pragma unroll 1
-  for (bool of_new = call.splits > call.page_splits;; of_new = false) {  // k_new first, if it was read elsewhere
-    const Partials partials(call, rows, of_new);
+  for (;;) {
     count = partials.count;
     coded = kNone;
 #pragma unroll 1
@@ -724,6 +734,8 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
       for (int part = 0; part < min(count, kFinishWarps); ++part) sum += sums[4 * part * work.columns + warp * n + c];
       added[warp * n + c] = sum;
     }
+    of_new = false;
+    partials = Partials(call, rows, false);
     __syncthreads();
   }
   if (warp >= work.rows || !rows.has(call, warp)) return;
@@ -757,7 +769,7 @@ template <int kRawRows>
 __global__ void __launch_bounds__(kRawThreads, 2)
     attention_finish_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams v,
                             const __grid_constant__ Output output, const __grid_constant__ FinishWork work) {
-  grid_dependency_wait();
+  grid_dependency_launch();
   finish_rows<kRawRows>(call, v, output, work);
   count_sequence_faults(call);
 }

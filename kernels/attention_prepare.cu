@@ -100,7 +100,7 @@ __device__ int64_t number_units(const AttentionCall &call, Schedule &shared, int
                                       : new_tile_range(call, sequence, int32_t(block));
           call.segments[i] = {
               s, int32_t(block), int32_t(copy / packs), int32_t(copy % packs), range.first, range.end, 0, 0};
-          own = range.end - range.first;
+          own = range.first < range.end ? range.end - range.first + kSegmentUnits : 0;
         }
       }
       int64_t to_own = own;
@@ -190,13 +190,14 @@ __device__ void write_schedule(const AttentionCall &call, Schedule &shared) {
     item.token_block = from->token_block;
     item.head_part = from->head_part;
     item.head_pack = from->head_pack;
-    item.first_tile = from->first_tile + int32_t(low - begin);
-    item.end_tile = item.first_tile + max(int32_t(high - low), 0);
+    const int32_t first = max(int32_t(low - begin) - kSegmentUnits, 0);
+    item.first_tile = from->first_tile + first;
+    item.end_tile = from->first_tile + max(int32_t(high - begin) - kSegmentUnits, first);
     call.items[slot] = item;
-    if (low >= high) continue;
+    if (item.first_tile == item.end_tile) continue;
     atomicMin(&shared.first_slot[b], slot);
     atomicMax(&shared.last_slot[b], slot);
-    if (low == begin) from->first_slot = slot;
+    if (first == 0) from->first_slot = slot;
     if (high == end) from->end_slot = slot + 1;
   }
   __syncthreads();
@@ -530,6 +531,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
     attention_prepare_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams k,
                              const __grid_constant__ QueryOrder order, const __grid_constant__ PrepareWork work) {
   alignas(16) __shared__ uint8_t memory[kPrepareBytes];
+  grid_dependency_wait();
   grid_dependency_launch();
   if (blockIdx.x == 0) return write_schedule(call, *reinterpret_cast<Schedule *>(memory));
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, block = int(blockIdx.x) - 1;
@@ -582,8 +584,8 @@ int launch_attention_prepare(const AttentionCall &call, const SideParams &k, con
   const PrepareWork work{rotated, query_gain(call, k), blocks_of(int64_t{call.num_tokens} * call.q_heads),
                          channels_per_lane(k)};
   const int sequence_blocks = call.exact.base != nullptr ? blocks_of(call.num_seqs) : 0;
-  return launch(attention_prepare_kernel, unsigned(1 + work.row_blocks + sequence_blocks), kPrepareThreads, 0, stream,
-                call, k, order, work);
+  return launch_dependent(attention_prepare_kernel, unsigned(1 + work.row_blocks + sequence_blocks), kPrepareThreads, 0,
+                          stream, call, k, order, work);
 }
 
 int launch_attention_widen(const AttentionCall &call, float *rows, void *stream) {

@@ -13,7 +13,8 @@ endforeach()
 # Those of fixed bits are faster, and come first; who includes this may have chosen fewer.
 if(NOT attention_fixed_shapes)
   set(attention_fixed_shapes
-    128,128,4,4,1 128,128,4,4,2 128,128,4,3,1 128,128,3,3,1 128,128,3,3,2 128,128,4,20,1 128,128,20,20,1 128,128,20,20,2
+    128,128,4,4,1 128,128,4,4,2 128,128,4,3,1 128,128,4,3,2 128,128,3,3,1 128,128,3,3,2 128,128,4,20,1 128,128,4,20,2
+    128,128,20,20,1 128,128,20,20,2
     64,64,4,4,1 64,64,3,3,1 64,64,20,20,1 256,256,4,4,1 256,256,3,3,1 256,256,20,20,1)
 endif()
 if(NOT attention_any_shapes)

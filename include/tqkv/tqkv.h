@@ -546,7 +546,8 @@ TQKV_API tq_status tq_attention_workspace(const tq_codec *codec, const tq_attent
 
 /* On CUDA (compute capability 9.0 and later) K and V have 2, 3, 4 or 8 bits each and one head_dim of 64, 80, 96, 112, 128,
  * 192 or 256; pages have bases and strides that are multiples of 16 bytes. Queries and weights are rounded to 16-bit
- * integers: outputs are within 3e-4 of the exact ones, relative to the norm. The launches depend on the args alone: a
+ * integers: f32 outputs are within 3e-4 of the exact ones, relative to the norm, f16 and bf16 ones within 8e-4 before they
+ * are rounded to their type. The launches depend on the args alone: a
  * captured call may be replayed with other lengths, tables and contents, within the bounds. */
 TQKV_API tq_status tq_paged_attention(const tq_codec *codec, const tq_attention_args *args);
 

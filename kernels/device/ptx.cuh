@@ -7,6 +7,12 @@
 
 namespace tqkv::cuda {
 
+// The same value, of which the compiler does not know that it equals another: it stays in a register of its own.
+__device__ __forceinline__ int32_t apart(int32_t x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
 // The address of shared memory that ld.shared takes.
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));

@@ -7,11 +7,12 @@
 
 namespace {
 
-void check(const Target &target, const Scenario &scenario, double tolerance) {
+void check(const Target &target, const Scenario &scenario) {
   const AttentionRun got = scenario.run_on(target);
   INFO("status " << got.status << ' ' << (got.status == TQ_OK ? "" : tq_last_error()));
   REQUIRE(got.status == TQ_OK);
-  check_attention(got, expected(*scenario.reader, scenario.call), scenario.call.args.out_type, tolerance);
+  check_attention(got, expected(*scenario.reader, scenario.call), scenario.call.args.out_type,
+                  attention_tolerance(target, scenario.call.args.out_type));
 }
 
 void check_random(const char *salt, int rounds, const ScenarioLimits &limits) {
@@ -20,7 +21,7 @@ void check_random(const char *salt, int rounds, const ScenarioLimits &limits) {
     for (int round = 0; round < rounds; ++round) {
       const std::unique_ptr<Scenario> scenario = random_scenario(random.bits(), target, limits);
       INFO(target.name << " round " << round << ' ' << scenario->describe());
-      check(target, *scenario, attention_tolerance(target));
+      check(target, *scenario);
     }
   }
 }
@@ -79,7 +80,7 @@ TEST_CASE("every pair of widths, plain decoding") {
         const auto scenario = plain_scenario(random, target, config, 8, {131, 16, 1}, 9);
         INFO(target.name << ' ' << scenario->describe());
         if (attends(target, config)) {
-          check(target, *scenario, attention_tolerance(target));
+          check(target, *scenario);
         } else {
           CHECK(scenario->run_on(target).status == TQ_ERROR_NOT_SUPPORTED);
         }
@@ -121,7 +122,9 @@ TEST_CASE("lengths around the edges, and bad ones") {
       for (size_t i = 0; i < single.out.size(); ++i) {
         error += std::pow(single.out[i] - got.out[6 * 3 * 64 + i], 2), size += std::pow(single.out[i], 2);
       }
-      const double most = target.device->kind() == TQ_DEVICE_CUDA ? attention_tolerance(target) : 1e-6;
+      // On CUDA weights are rounded to 16 bits, after a factor that depends on the keys before them: both calls are within
+      // the tolerance of what is exact.
+      const double most = target.device->kind() == TQ_DEVICE_CUDA ? 2 * attention_tolerance(target) : 1e-6;
       CHECK(std::sqrt(error) <= most * std::sqrt(size));
     }
   }
@@ -218,8 +221,8 @@ TEST_CASE("without a fixed split size neighbours change at most rounding") {
       error += std::pow(alone.out[i] - all.out[i], 2), size += std::pow(alone.out[i], 2);
     }
     INFO(target.name);
-    // On CUDA weights are rounded to 16 bits, after a factor that depends on the keys before them.
-    const double most = target.device->kind() == TQ_DEVICE_CUDA ? attention_tolerance(target) : 1e-6;
+    // As above.
+    const double most = target.device->kind() == TQ_DEVICE_CUDA ? 2 * attention_tolerance(target) : 1e-6;
     CHECK(std::sqrt(error) <= most * std::sqrt(size));
   }
 }
@@ -287,7 +290,7 @@ TEST_CASE("exact pages: keys in range are read raw, all others coded") {
       s.call.args.exact_first_tokens = int32_t(random.integer(0, 5));
       s.call.args.exact_recent_tokens = int32_t(random.integer(0, 32));
       INFO(target.name << ' ' << s.describe());
-      check(target, s, attention_tolerance(target));
+      check(target, s);
       if (length > 48) {
         CHECK(expected(*s.reader, s.call).exact_slots.size() ==
               size_t(s.call.args.exact_first_tokens + s.call.args.exact_recent_tokens));
@@ -312,7 +315,7 @@ TEST_CASE("prefill: the call's own tokens read raw equal causal attention over t
       s.call.k_new = encode_elements(normals(random, int64_t(chunk) * 2 * 64), TQ_TYPE_F32);
       s.call.v_new = encode_elements(normals(random, int64_t(chunk) * 2 * 64), TQ_TYPE_F32);
       INFO(target.name << ' ' << s.describe());
-      check(target, s, attention_tolerance(target));
+      check(target, s);
     }
   }
 }
@@ -367,7 +370,7 @@ TEST_CASE("many rows: chunks over codes and raw pages") {
         args.exact_recent_tokens = int32_t(random.integer(0, 50));
       }
       INFO(target.name << ' ' << s.describe());
-      check(target, s, attention_tolerance(target));
+      check(target, s);
       const AttentionRun clean = s.run_on(target);
       spoil_unseen(random, expected(*s.reader, s.call), &s);
       CHECK(same_bits(clean, s.run_on(target)));
@@ -421,7 +424,7 @@ TEST_CASE("bad row offsets, and queries or lengths over their bounds, cost only 
     };
     const auto check_fault = [&](const Scenario &s, uint64_t count, int64_t first) {
       INFO(target.name << ' ' << s.describe());
-      check(target, s, attention_tolerance(target));
+      check(target, s);
       const AttentionRun got = s.run_on(target);
       CHECK(got.faults.count[TQ_FAULT_LENGTH] == count);
       CHECK(TQ_FAULT_FIRST_KIND(got.faults.first) == TQ_FAULT_LENGTH);

@@ -1518,7 +1518,7 @@ void Engine::attend(const std::vector<Row> &rows, bool use_new, size_t layer) {
 void Engine::compare(const AttentionCall &call, const AttentionRun &run, const Truth &truth, const char *what) const {
   const int32_t out_type = call.args.out_type;
   const size_t heads = size_t(q_heads_), dv = size_t(codec_view_->v.head_dim);
-  const double tolerance = attention_tolerance(target_);
+  const double tolerance = attention_tolerance(target_, out_type);
   // Half a unit in the last place of the result's type; half of f16's smallest subnormal, or what is lost where weights
   // are below f32's.
   const double rounding = out_type == TQ_TYPE_F16 ? 0x1p-11 : out_type == TQ_TYPE_BF16 ? 0x1p-8 : 0;

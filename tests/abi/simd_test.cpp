@@ -98,7 +98,8 @@ TEST_CASE("attention over the same pages agrees between targets") {
       const CodecPtr codec = make_codec(config);
       const AttentionRun got = run(target, codec.get(), scenario->call, scenario->reader->v.head_dim);
       REQUIRE(got.status == TQ_OK);
-      check_attention(got, reference, scenario->call.args.out_type, attention_tolerance(target));
+      check_attention(got, reference, scenario->call.args.out_type,
+                      attention_tolerance(target, scenario->call.args.out_type));
       CHECK(std::memcmp(&got.faults, &want.faults, sizeof got.faults) == 0);
     }
   }

@@ -146,4 +146,4 @@ oracle::Attention expected(const oracle::Codec &codec, const AttentionCall &call
                            const oracle::Loader &loader = nullptr);
 // Compares with the oracle; `tolerance` is the relative L2 error of f32 output.
 void check_attention(const AttentionRun &run, const oracle::Attention &expected, int32_t out_type, double tolerance);
-double attention_tolerance(const Target &target);
+double attention_tolerance(const Target &target, int32_t out_type = TQ_TYPE_F32);

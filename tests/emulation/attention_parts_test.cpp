@@ -335,7 +335,10 @@ struct Case {
       first_segments.push_back(int64_t(parts.size()));
     }
     first_units.assign(1, 0);
-    for (const Part &part : parts) first_units.push_back(first_units.back() + part.tiles.end - part.tiles.first);
+    for (const Part &part : parts) {
+      const int tiles = part.tiles.end - part.tiles.first;
+      first_units.push_back(first_units.back() + (tiles > 0 ? tiles + kSegmentUnits : 0));
+    }
     call.max_segments = int64_t(parts.size()) + call.splits * random.below(3);
     const int rows = call.block_tokens * call.block_heads;
     const int64_t states_bytes = partial_outputs(call.pack_heads, rows);
@@ -353,9 +356,11 @@ struct Case {
           first = std::max(first, begin_b);
           end = std::min(end, end_b);
         }
+        first = tiles_before(int64_t(i), first);
+        end = tiles_before(int64_t(i), end);
         if (first >= end) continue;
         uint8_t *slot = partials.data() + (b + int64_t(i)) * call.slot_bytes;
-        const int64_t low = (part.tiles.first + first - first_units[i]) * 16, high = low + (end - first) * 16;
+        const int64_t low = (part.tiles.first + first) * 16, high = low + (end - first) * 16;
         for (int h = 0; h < call.pack_heads; ++h) {
           for (int r = 0; r < rows; ++r) {
             const Truth &t = truths[part.s];
@@ -408,6 +413,12 @@ struct Case {
     call.query_rows = query_rows.data();
   }
 
+  // Tiles of a segment that are before a unit.
+  int64_t tiles_before(int64_t segment, int64_t unit) const {
+    const int64_t begin = first_units[size_t(segment)], end = first_units[size_t(segment) + 1];
+    return std::clamp(unit - begin - kSegmentUnits, int64_t{0}, std::max(end - begin - kSegmentUnits, int64_t{0}));
+  }
+
   void check_schedule() {
     for (size_t s = 0; s < size_t(num_seqs); ++s) {
       CHECK(states[s] == truths[s].state);
@@ -437,18 +448,21 @@ struct Case {
         const bool at_end = slot == own.first || slot == own.first + own.count - 1;
         if (item.first_tile == item.end_tile) {
           CHECK(!at_end);
-          CHECK(first_units[i] == first_units[i + 1]);
+          CHECK(tiles_before(int64_t(i), begin_b) == tiles_before(int64_t(i), end_b));
           continue;
         }
         if (done[i] == 0) first_slots[i] = slot;
         end_slots[i] = slot + 1;
         CHECK(item.first_tile == parts[i].tiles.first + done[i]);
-        const int64_t first = first_units[i] + done[i];
-        CHECK((begin_b <= first && first < end_b));
+        if (call.split_tiles == 0) {
+          CHECK(done[i] == tiles_before(int64_t(i), begin_b));
+          CHECK(done[i] + item.end_tile - item.first_tile == tiles_before(int64_t(i), end_b));
+        } else {
+          CHECK((begin_b <= first_units[i] && first_units[i] < end_b));
+        }
         done[i] += item.end_tile - item.first_tile;
         of_block += item.end_tile - item.first_tile;
       }
-      if (call.split_tiles == 0) CHECK(of_block == end_b - begin_b);
       if (of_block == 0) CHECK(own.count == 0);
     }
     for (size_t i = 0; i < parts.size(); ++i) {

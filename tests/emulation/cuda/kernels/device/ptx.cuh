@@ -19,6 +19,10 @@ inline uintptr_t shared_window() {
   return reinterpret_cast<uintptr_t>(dynamic_shared()) - 1024;
 }
 
+inline int32_t apart(int32_t x) {
+  return x;
+}
+
 inline uint32_t shared_address(const void *pointer) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(pointer) - shared_window();
   if (offset != uint32_t(offset)) ::emulation::stop("%p is not in shared memory", pointer);
