@@ -587,10 +587,10 @@ class WideRows {
     } else {
       score<false>(k, s);
     }
-    const bool plain = !adjusted_ && first >= plain_low_ && first + Shape::kKeys <= plain_high_ && all_shown(keys, in_stage);
-    uint32_t seen = 0;  // bit 4 n + i of s[n][i], where not all are
+    const bool all = first >= plain_low_ && first + Shape::kKeys <= plain_high_ && all_shown(keys, in_stage);
+    uint32_t seen = ~0u;  // bit 4 n + i of s[n][i]
     float scale[2];
-    if (plain) {
+    if (all && !adjusted_) {
       weigh(keys, in_stage, s, scale);
     } else {
       seen = adjust(keys, in_stage, first, s);
@@ -598,12 +598,12 @@ class WideRows {
     }
     const uint32_t v = shared_address(v_side) + uint32_t(in_stage * Shape::kRowBytes);
     if (v_bf16_) {
-      if (plain) {
+      if (all) {
         add<true, true>(v, keys, in_stage, s, scale, seen);
       } else {
         add<true, false>(v, keys, in_stage, s, scale, seen);
       }
-    } else if (plain) {
+    } else if (all) {
       add<false, true>(v, keys, in_stage, s, scale, seen);
     } else {
       add<false, false>(v, keys, in_stage, s, scale, seen);
@@ -716,30 +716,53 @@ class WideRows {
 
   // Scores become x with all that changes or hides scores; gives what is seen.
   __device__ __forceinline__ uint32_t adjust(const StageKeys<Shape> &keys, int in_stage, int first, float (&s)[kKeyTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+      const float2 k_scale = scales_of(keys.k_scale, in_stage, n, q_);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] *= (i % 2 == 0 ? k_scale.x : k_scale.y) * gain_[i / 2];
+    }
+    if (adjusted_) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] += offset_[i / 2];
+      }
+    }
+    if (call_.soft_cap > 0) {  // cap * tanh(x / cap)
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float power = exp2_approx(s[n][i] * call_.cap_factor);
+          s[n][i] = call_.cap_log2 * (1.0f - 2.0f * reciprocal_approx(1.0f + power));
+        }
+      }
+    }
+    const int key = first + 2 * q_;
+    if (call_.alibi_slopes != nullptr) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s[n][i] = __fmaf_rn(slope_[i / 2], float(key + 8 * n + i % 2 + shift_[i / 2]), s[n][i]);
+        }
+      }
+    }
     float most[2] = {-INFINITY, -INFINITY}, v_most[2] = {0, 0};
     uint32_t seen = 0;
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
-      const float2 k_scale = scales_of(keys.k_scale, in_stage, n, q_), v_scale = scales_of(keys.v_scale, in_stage, n, q_);
+      const float2 v_scale = scales_of(keys.v_scale, in_stage, n, q_);
       const uint32_t shown = keys.shown[in_stage / 16 + n / 2] >> (8 * (n % 2) + 2 * q_);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = i / 2, key = first + 8 * n + 2 * q_ + i % 2;
-        float x = s[n][i] * (i % 2 == 0 ? k_scale.x : k_scale.y) * gain_[row];
-        if (adjusted_) {
-          x += offset_[row];
-          if (call_.soft_cap > 0) {  // cap * tanh(x / cap)
-            x = call_.cap_log2 * (1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x * call_.cap_factor)));
-          }
-          x = __fmaf_rn(slope_[row], float(key + shift_[row]), x);
-        }
-        const bool sees = key >= low_[row] && key < high_[row] && (shown >> (i % 2) & 1) != 0;
-        s[n][i] = sees ? x : -INFINITY;
-        if (sees) {
-          seen |= 1u << (4 * n + i);
-          most[row] = fmaxf(most[row], x);
-          v_most[row] = fmaxf(v_most[row], i % 2 == 0 ? v_scale.x : v_scale.y);
-        }
+        const int row = i / 2, at = key + 8 * n + i % 2;
+        const bool sees = at >= low_[row] && at < high_[row] && (shown >> (i % 2) & 1) != 0;
+        s[n][i] = sees ? s[n][i] : -INFINITY;
+        seen |= sees ? 1u << (4 * n + i) : 0u;
+        most[row] = fmaxf(most[row], s[n][i]);
+        v_most[row] = fmaxf(v_most[row], !sees ? 0.0f : i % 2 == 0 ? v_scale.x : v_scale.y);
       }
     }
 #pragma unroll
@@ -796,10 +819,16 @@ class WideRows {
             a[i] = kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
           }
         }
+        constexpr int kChunks = Shape::kDim / 16;
+        uint32_t loaded[2][4];  // of this step and of the next
+        const uint32_t v_rows = v_lane + uint32_t(16 * m * Shape::kRowBytes);
+        load_matrices_transposed(loaded[0], v_rows + v_swizzle);
 #pragma unroll
-        for (int c = 0; c < Shape::kDim / 16; ++c) {
-          uint32_t b[4];
-          load_matrices_transposed(b, v_lane + uint32_t(16 * m * Shape::kRowBytes) + (uint32_t(32 * c) ^ v_swizzle));
+        for (int c = 0; c < kChunks; ++c) {
+          uint32_t(&b)[4] = loaded[c % 2];
+          if (c + 1 < kChunks) {
+            load_matrices_transposed(loaded[(c + 1) % 2], v_rows + (uint32_t(32 * (c + 1)) ^ v_swizzle));
+          }
           if (!kPlain && v_raw_) {
             uint32_t bad[4], any = 0;
 #pragma unroll
