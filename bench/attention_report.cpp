@@ -103,7 +103,8 @@ std::vector<AttentionCase> all_cases() {
     }
   }
   for (const char *shape : {"16 x 32768, 32/8", "1 x 131072, 32/8"}) {
-    AttentionCase one = *std::find_if(cases.begin(), cases.end(), [&](const AttentionCase &c) { return c.shape == shape; });
+    AttentionCase one =
+        *std::find_if(cases.begin(), cases.end(), [&](const AttentionCase &c) { return c.shape == shape; });
     one.preset = "raw";
     one.least_share = one.peer_seconds = one.least_speed = 0;
     cases.push_back(std::move(one));

@@ -167,10 +167,10 @@ __device__ State take_states(const AttentionCall &call, const BlockRows &rows, c
 // How a block divides its work.
 struct FinishWork {
   uint32_t queries, weights, values, raw, sums, added, bytes;  // parts of shared memory, in bytes from its start
-  int32_t rows;                                         // that a block takes
-  int32_t columns;                                      // of 4 channels, of all these rows
-  uint32_t row_of_column;                               // (column * row_of_column) >> 20
-  int32_t per_lane;                                     // channels_per_lane() of V
+  int32_t rows;                                                // that a block takes
+  int32_t columns;                                             // of 4 channels, of all these rows
+  uint32_t row_of_column;                                      // (column * row_of_column) >> 20
+  int32_t per_lane;                                            // channels_per_lane() of V
 };
 
 // Adds the warp's partial results of a chunk to its sums, kMany at a time of kWide columns a lane.
@@ -704,8 +704,9 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   grid_dependency_wait();
   const bool good = is_good();  // looked at last: it takes a while to load
   float *sums = reinterpret_cast<float *>(memory + work.sums), *added = reinterpret_cast<float *>(memory + work.added);
-  const uint8_t *outputs = call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
-                           int64_t{rows.head_in_pack * segment_rows(call) + rows.first_row} * n * int64_t{sizeof(float)};
+  const uint8_t *outputs =
+      call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
+      int64_t{rows.head_in_pack * segment_rows(call) + rows.first_row} * n * int64_t{sizeof(float)};
   constexpr State kNone{-INFINITY, 0};
   State coded = kNone, raw = kNone, own = kNone;
   int count = 0;
@@ -829,8 +830,7 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
   // A block a row where there are multiprocessors enough; what is read raw is shared by rows.
   if (kRawRows == 0 && int64_t{grid.x} * grid.y * rows <= 2 * call.blocks) block_rows = 1;
   grid.z = unsigned((rows + block_rows - 1) / block_rows);
-  FinishWork work =
-      divide_work(call.head_dim_k, call.head_dim_v, kRawRows, block_rows, call.splits > call.page_splits);
+  FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, kRawRows, block_rows, call.splits > call.page_splits);
   work.per_lane = channels_per_lane(v);
   return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(kRawThreads), work.bytes, stream, call, v,
                           output, work);

@@ -64,8 +64,9 @@ struct alignas(16) StageKeys {
 // Where a stage comes from.
 template <class Shape>
 struct Places : StageKeys<Shape> {
-  const uint8_t *k[Shape::kStageKeys], *v[Shape::kStageKeys];  // of a raw side the row, else the tile's codes; null: none
-  uint8_t row[Shape::kStageKeys];                              // in the tile
+  const uint8_t *k[Shape::kStageKeys],
+      *v[Shape::kStageKeys];       // of a raw side the row, else the tile's codes; null: none
+  uint8_t row[Shape::kStageKeys];  // in the tile
   int32_t is_new;
 };
 
@@ -134,8 +135,8 @@ struct NextBlock {
 
 // The places of the stage's keys, from `first` on; a thread a key.
 template <class Shape>
-__device__ __forceinline__ void find_places(const AttentionCall &call, const WideItem &wide, int first,
-                                            NextBlock &next, Places<Shape> &places) {
+__device__ __forceinline__ void find_places(const AttentionCall &call, const WideItem &wide, int first, NextBlock &next,
+                                            Places<Shape> &places) {
   const int thread = int(threadIdx.x) % kMakerThreads;
   if (thread >= Shape::kStageKeys) return;
   const Sequence &sequence = wide.sequence;
@@ -144,14 +145,15 @@ __device__ __forceinline__ void find_places(const AttentionCall &call, const Wid
   const uint8_t *k = nullptr, *v = nullptr;
   int row = key % kTileTokens;
   float k_scale = 0, v_scale = 0;
-  const bool seen = key >= wide.low && key < wide.high &&
-                    is_seen(call, wide, wide.is_new ? sequence.coded_length + key : key);
+  const bool seen =
+      key >= wide.low && key < wide.high && is_seen(call, wide, wide.is_new ? sequence.coded_length + key : key);
   if (seen && wide.is_new) {
     k = new_row(call.k_new, int64_t{sequence.begin} + key, kv_head);
     v = new_row(call.v_new, int64_t{sequence.begin} + key, kv_head);
     k_scale = v_scale = 1;
   } else if (seen && !is_exact(call, sequence, key)) {
-    const uint32_t block = uint32_t(key) / uint32_t(pool.block_size), in_block = uint32_t(key) % uint32_t(pool.block_size);
+    const uint32_t block = uint32_t(key) / uint32_t(pool.block_size),
+                   in_block = uint32_t(key) % uint32_t(pool.block_size);
     const int32_t id = next.key == key ? next.id : sequence.table[block];
     if (id < 0 || id >= pool.num_blocks) {
       atomicMax(&call.sequence_faults[wide.item.sequence], 1);
@@ -169,12 +171,14 @@ __device__ __forceinline__ void find_places(const AttentionCall &call, const Wid
       if (call.k_bits == kRawBits) {
         k += row * call.head_dim_k * 2;
       } else {
-        k_scale = load_scale(call.k_scale_type, tile + pool.k_scales + row * (call.k_scale_type == TQ_TYPE_F32 ? 4 : 2));
+        k_scale =
+            load_scale(call.k_scale_type, tile + pool.k_scales + row * (call.k_scale_type == TQ_TYPE_F32 ? 4 : 2));
       }
       if (call.v_bits == kRawBits) {
         v += row * call.head_dim_v * 2;
       } else {
-        v_scale = load_scale(call.v_scale_type, tile + pool.v_scales + row * (call.v_scale_type == TQ_TYPE_F32 ? 4 : 2));
+        v_scale =
+            load_scale(call.v_scale_type, tile + pool.v_scales + row * (call.v_scale_type == TQ_TYPE_F32 ? 4 : 2));
       }
     }
   }
@@ -212,7 +216,8 @@ struct HalfTable {
 // Eight f16 numbers of indices in nibbles; `signs` has the signs of channels 0 .. 3 at 7 of each byte, of 4 .. 7 at 3.
 __device__ __forceinline__ uint4 levels_of(const HalfTable &table, uint32_t nibbles, uint32_t signs) {
   const uint32_t second = nibbles >> 16;
-  const uint32_t low0 = permute(table.low[0], table.low[1], nibbles), low1 = permute(table.low[0], table.low[1], second);
+  const uint32_t low0 = permute(table.low[0], table.low[1], nibbles),
+                 low1 = permute(table.low[0], table.low[1], second);
   const uint32_t high0 = permute(table.high[0], table.high[1], nibbles) | (signs & 0x80808080);
   const uint32_t high1 = permute(table.high[0], table.high[1], second) | (signs << 4 & 0x80808080);
   return make_uint4(permute(low0, high0, 0x5140), permute(low0, high0, 0x7362), permute(low1, high1, 0x5140),
@@ -258,9 +263,7 @@ struct KeyCodes {
     const int x = i * kMakerThreads + int(threadIdx.x) % kMakerThreads;
     return x / (8 * kUnits) * 8 + x % 8;
   }
-  __device__ static int unit_of(int i) {
-    return (i * kMakerThreads + int(threadIdx.x) % kMakerThreads) / 8 % kUnits;
-  }
+  __device__ static int unit_of(int i) { return (i * kMakerThreads + int(threadIdx.x) % kMakerThreads) / 8 % kUnits; }
 
   __device__ __forceinline__ void load(const AttentionCall &call, const Places<Shape> &places) {
     const int bits = call.k_bits, dim = call.head_dim_k;
@@ -520,7 +523,8 @@ class WideRows {
     int plain_low = INT32_MIN, plain_high = INT32_MAX, low = INT32_MAX, high = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = first_row + g_ + 8 * i, token = wide.item.token_block * call_.block_tokens + row / call_.block_heads;
+      const int row = first_row + g_ + 8 * i,
+                token = wide.item.token_block * call_.block_tokens + row / call_.block_heads;
       const int in_group = wide.item.head_part * call_.block_heads + row % call_.block_heads;
       low_[i] = wide.low, high_[i] = wide.high;
       gain_[i] = offset_[i] = slope_[i] = 0;
@@ -565,13 +569,16 @@ class WideRows {
     const int parts = query_parts_, part_bytes = 2 * call_.head_dim_k;
     const uint8_t *from = is_new_ ? call_.new_operands : call_.query_operands;
     for (int x = first * chunks * parts + lane_; x < end * chunks * parts; x += 32) {
-      const int row = x / (chunks * parts), in_row = x % (chunks * parts), part = in_row / chunks, chunk = in_row % chunks;
-      const int in_segment = first_row + row, token = wide.item.token_block * call_.block_tokens + in_segment / call_.block_heads;
+      const int row = x / (chunks * parts), in_row = x % (chunks * parts), part = in_row / chunks,
+                chunk = in_row % chunks;
+      const int in_segment = first_row + row,
+                token = wide.item.token_block * call_.block_tokens + in_segment / call_.block_heads;
       const int in_group = wide.item.head_part * call_.block_heads + in_segment % call_.block_heads;
       uint4 value = make_uint4(0, 0, 0, 0);
       if (in_segment < call_.block_tokens * call_.block_heads && token < wide.sequence.q_len &&
           in_group < call_.group && 16 * chunk < part_bytes) {
-        const int64_t at = int64_t{wide.sequence.begin + token} * call_.q_heads + wide.item.head_pack * call_.group + in_group;
+        const int64_t at =
+            int64_t{wide.sequence.begin + token} * call_.q_heads + wide.item.head_pack * call_.group + in_group;
         value = *reinterpret_cast<const uint4 *>(from + (at * parts + part) * part_bytes + 16 * chunk);
       }
       *reinterpret_cast<uint4 *>(chunk_at<Shape>(queries_ + part * 16 * Shape::kRowBytes, row, chunk)) = value;
@@ -579,7 +586,8 @@ class WideRows {
   }
 
   // The warp's keys of a stage: rows of K and V, from key `first` of the item's on, and what is known of them.
-  __device__ void step(const uint8_t *k_side, const uint8_t *v_side, const StageKeys<Shape> &keys, int in_stage, int first) {
+  __device__ void step(const uint8_t *k_side, const uint8_t *v_side, const StageKeys<Shape> &keys, int in_stage,
+                       int first) {
     float s[kKeyTiles][4];
     const uint32_t k = shared_address(k_side) + uint32_t(in_stage * Shape::kRowBytes);
     if (k_bf16_) {
@@ -715,7 +723,8 @@ class WideRows {
   }
 
   // Scores become x with all that changes or hides scores; gives what is seen.
-  __device__ __forceinline__ uint32_t adjust(const StageKeys<Shape> &keys, int in_stage, int first, float (&s)[kKeyTiles][4]) {
+  __device__ __forceinline__ uint32_t adjust(const StageKeys<Shape> &keys, int in_stage, int first,
+                                             float (&s)[kKeyTiles][4]) {
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
       const float2 k_scale = scales_of(keys.k_scale, in_stage, n, q_);
@@ -778,8 +787,8 @@ class WideRows {
   // Adds weights times values. Where some rows do not see some keys, a raw value that is no finite number makes outputs NaN
   // of rows that see it, and no others: it is taken out of the product, and counted by a product of ones.
   template <bool kBf16, bool kPlain>
-  __device__ __forceinline__ void add(uint32_t v, const StageKeys<Shape> &keys, int in_stage, const float (&s)[kKeyTiles][4],
-                                      const float (&scale)[2], uint32_t seen) {
+  __device__ __forceinline__ void add(uint32_t v, const StageKeys<Shape> &keys, int in_stage,
+                                      const float (&s)[kKeyTiles][4], const float (&scale)[2], uint32_t seen) {
     constexpr uint32_t kOnes = kBf16 ? 0x3f803f80 : 0x3c003c00, kExponent = kBf16 ? 0x7f80 : 0x7c00;
     const uint32_t v_lane = v + uint32_t(lane_ % 16 * Shape::kRowBytes);
     const uint32_t v_swizzle = uint32_t((lane_ / 16) ^ (lane_ % 8)) << 4;

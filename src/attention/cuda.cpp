@@ -235,8 +235,9 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   plan.segments = places.add(call.max_segments, sizeof(cuda::AttentionItem));
   plan.items = places.add(call.max_segments + call.blocks, sizeof(cuda::AttentionItem));
   plan.block_items = places.add(call.blocks, sizeof(cuda::BlockItems));
-  plan.operands = places.add(query_rows, call.wide_rows > 0 ? 4 * int64_t{call.head_dim_k}  // whether lse is given or not
-                                                            : 2 * int64_t{call.operand_bytes});
+  plan.operands =
+      places.add(query_rows, call.wide_rows > 0 ? 4 * int64_t{call.head_dim_k}  // whether lse is given or not
+                                                : 2 * int64_t{call.operand_bytes});
   if (reads_new(call)) plan.new_operands = places.add(query_rows, 2 * int64_t{call.head_dim_k});
   plan.rows = places.add(query_rows, sizeof(cuda::QueryRow));
   plan.partials = places.add(call.max_segments + call.blocks, call.slot_bytes);
@@ -305,9 +306,9 @@ tq_status cuda_attention(const AttentionCall &from, size_t workspace_bytes, void
   TQKV_TRY(check_cuda(
       cuda::launch_attention_prepare(call, device.params[TQ_SIDE_K], cuda::query_order(call), rotated, stream),
       "the kernel before attention did not start"));
-  TQKV_TRY(check_cuda(
-      call.wide_rows > 0 ? cuda::launch_wide_attention(call, stream) : cuda::launch_attention(call, stream),
-      "the attention kernel did not start"));
+  TQKV_TRY(
+      check_cuda(call.wide_rows > 0 ? cuda::launch_wide_attention(call, stream) : cuda::launch_attention(call, stream),
+                 "the attention kernel did not start"));
   float *merged = is_dense(codec.v) ? floats(plan.merged) : nullptr;
   float *raw = is_dense(codec.v) ? floats(plan.raw) : nullptr;
   TQKV_TRY(check_cuda(cuda::launch_attention_finish(call, device.params[TQ_SIDE_V], merged, raw, stream),

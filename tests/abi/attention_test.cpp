@@ -89,6 +89,24 @@ TEST_CASE("every pair of widths, plain decoding") {
   }
 }
 
+TEST_CASE("head_dims that no kernel takes are refused by name") {
+  FRESH(random, "attention refusals");
+  for (const Target &target : targets()) {
+    for (const auto &[k, v] : {std::pair{288, 64}, {64, 288}}) {
+      tq_config config = make_config(target, k, 4, 16);
+      config.v.head_dim = v;
+      const auto scenario = plain_scenario(random, target, config, 2, {20}, 2);
+      INFO(target.name << ' ' << scenario->describe());
+      if (attends(target, config)) {
+        check(target, *scenario);
+      } else {
+        CHECK(scenario->run_on(target).status == TQ_ERROR_NOT_SUPPORTED);
+        CHECK(std::strstr(tq_last_error(), "head_dims up to 256") != nullptr);
+      }
+    }
+  }
+}
+
 TEST_CASE("lengths around the edges, and bad ones") {
   FRESH(random, "attention lengths");
   for (const Target &target : targets()) {

@@ -184,7 +184,9 @@ void mma_add_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
     const auto half = [](uint32_t word, unsigned k) {
       const uint32_t bits = word >> (16 * (k % 2)) & 0xffff;
       if (kBf16) return f64_from_bf16(bits);
-      return (bits & 0x7c00) == 0x7c00 ? ((bits & 1023) != 0 ? double(NAN) : (bits & 0x8000) != 0 ? -HUGE_VAL : HUGE_VAL)
+      return (bits & 0x7c00) == 0x7c00 ? ((bits & 1023) != 0     ? double(NAN)
+                                          : (bits & 0x8000) != 0 ? -HUGE_VAL
+                                                                 : HUGE_VAL)
                                        : f64_from_f16(bits);
     };
     for (unsigned k = 0; k < 16; ++k) {
@@ -211,20 +213,20 @@ void load_matrices_of(uint32_t (&d)[4], uint32_t address) {
     uint32_t *d;
   } mine{reinterpret_cast<const uint16_t *>(shared_window() + address), d};
   if (address % 16 != 0) ::emulation::stop("ldmatrix: %#x is not aligned", address);
-  ::emulation::collective(kTransposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffff, mine,
-                          [](const ::emulation::Exchanges<Lane> &all) {
-                            all.for_each([&](unsigned lane, Lane &to) {
-                              const unsigned g = lane / 4, t = lane % 4;
-                              for (unsigned m = 0; m < 4; ++m) {
-                                uint32_t word = 0;
-                                for (unsigned i = 0; i < 2; ++i) {
-                                  const unsigned row = kTransposed ? 2 * t + i : g, column = kTransposed ? g : 2 * t + i;
-                                  word |= uint32_t{all[8 * m + row].row[column]} << (16 * i);
-                                }
-                                to.d[m] = word;
-                              }
-                            });
-                          });
+  ::emulation::collective(
+      kTransposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffff, mine, [](const ::emulation::Exchanges<Lane> &all) {
+        all.for_each([&](unsigned lane, Lane &to) {
+          const unsigned g = lane / 4, t = lane % 4;
+          for (unsigned m = 0; m < 4; ++m) {
+            uint32_t word = 0;
+            for (unsigned i = 0; i < 2; ++i) {
+              const unsigned row = kTransposed ? 2 * t + i : g, column = kTransposed ? g : 2 * t + i;
+              word |= uint32_t{all[8 * m + row].row[column]} << (16 * i);
+            }
+            to.d[m] = word;
+          }
+        });
+      });
 }
 inline void load_matrices(uint32_t (&d)[4], uint32_t address) {
   load_matrices_of<false>(d, address);
