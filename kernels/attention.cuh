@@ -13,10 +13,6 @@
 // are 8, and a lane weighs both tiles. A step goes: scores (16-bit queries as two bytes), weights p = 2^(x - ref), products
 // w = p * v_scale rounded to 16 bits, as two bytes again, and sums of w * level in integers.
 //
-// Sums of values. Four queries share one instruction's 8 columns: columns 0 .. 3 and 4 .. 7 see different halves of the A
-// operand. Where levels come from a table (kPairs) its bytes are by turns of two channels, and weights of queries stand in
-// even or odd bytes; else halves are tiles of V's operand.
-//
 // SCALE OF WEIGHTS. ref is a row's, chosen by the distribution of a step's weights so that few later ones pass 2^16. When
 // one does, or weights become so small on average that their rounding would show, ref moves by a whole number and the sums
 // are shifted by as many bits.
@@ -33,7 +29,7 @@
 namespace tqkv::cuda {
 
 inline constexpr int kStepTiles = 2;
-inline constexpr int kFirstCheck = 4, kMostSteps = 1024;  // steps after which a warp looks at its weights
+inline constexpr int kMostSteps = 512;  // a power of two; a step past its multiples low sums are carried to high ones
 inline constexpr int kMaxItems = 16, kMaxStages = 64;
 // Steps whose places are looked up at a time, a lane a tile, and kept.
 inline constexpr int kBatch = 32 / kStepTiles, kTable = 4 * kBatch;
@@ -51,6 +47,7 @@ struct AttentionRing {
 struct ListedItem {
   AttentionItem item;
   Sequence sequence;
+  int32_t slot;
 };
 
 // A team's steps of the list, step n at n % kTable.
@@ -71,9 +68,10 @@ struct RowState {
 };
 
 struct AttentionShared {
-  uint64_t full[kMaxStages], empty[kMaxStages];
+  uint64_t full[kMaxStages], empty[kMaxStages];  // next to each other
   ListedItem items[kMaxItems];
-  int32_t num_items;
+  int32_t num_items, listed_before;  // of the block's items
+  int32_t current[16];               // the item that a warp is at
 };
 
 // A warp's team.
@@ -134,7 +132,7 @@ __device__ inline const uint8_t *whole_tile(const AttentionCall &call, const Seq
 __device__ inline void find_steps(const AttentionCall &call, AttentionShared &shared, StepTable &table, Team team,
                                   int first) {
   const AttentionPool &pool = call.pool;
-  const int n = first + lane_index() / kStepTiles, t = lane_index() % kStepTiles;
+  const int lane = thread_index_now() % 32, n = first + lane / kStepTiles, t = lane % kStepTiles;
   const uint8_t *&address = table.address[n % kTable][t];
   int in_item = n, i = 0;
   for (; i < shared.num_items; ++i) {
@@ -327,114 +325,174 @@ struct AnyK {
   }
 };
 
-// The same of V.
-template <int kBits, int kDim, bool kUniform>
+// V of one kind. Weights are two bytes, and an instruction's 8 columns are shared:
+//   kBlocks = 1  columns 0 .. 3 are low bytes of four rows, columns 4 .. 7 high ones; both tiles of a step at once. Or, where
+//                levels come from a table (kPairs), which gives bytes by turns of two channels: columns 0 .. 3 have weights
+//                in even bytes, columns 4 .. 7 in odd ones; an instruction a tile and byte.
+//   kBlocks = 2  low bytes of eight rows, in another instruction high ones; both tiles at once.
+template <int kBits, int kDim, bool kUniform, int kBlocksOfRows>
 struct FixedV {
   using Codes = VCodes<kBits, kDim, kUniform>;
-  static constexpr int kTiles = Codes::kTiles, kProducts = (kTiles + 1) / 2;  // instructions a tile, byte and block
-  static constexpr bool kPairs = !kUniform && kBits != 8;
+  using Byte = std::conditional_t<kUniform, uint8_t, int8_t>;
+  static constexpr int kBlocks = kBlocksOfRows, kTiles = Codes::kTiles;
+  static constexpr bool kPairs = kBlocks == 1 && !kUniform && kBits != 8;
+  // Whether a lane has either low or high sums; else those with an odd first index are the high ones.
+  static constexpr bool kEitherByte = kBlocks == 1 && !kPairs;
+  static constexpr int kColumns = kBlocks * kTiles;  // channels that a lane has of each of its two rows
+  static_assert(kBlocks == 2 || kTiles % 2 == 0);
 
-  __device__ static bool pairs(const AttentionCall &) { return kPairs; }
+  using Sums = int32_t[kColumns][4];
+  struct Operands {
+    uint32_t word[kPairs ? 4 : kBlocks][2];  // kPairs: by tile and byte; else by byte
+  };
 
-  template <int kBlocks>
-  __device__ static void add(const AttentionCall &call, const uint8_t *codes, int g, int q,
-                             const uint32_t (&b_high)[kBlocks][2], const uint32_t (&b_low)[kBlocks][2],
-                             int32_t (&high)[kProducts][kBlocks][4], int32_t (&low)[kProducts][kBlocks][4]) {
-    using Byte = std::conditional_t<kUniform, uint8_t, int8_t>;
-    Codes v;
-    uint32_t a[kTiles][2];
-    Codes::load(v, codes, g, q);
-    Codes::template expand<kPairs>(v, {call.v_levels[0], call.v_levels[1]}, g, a);
+  // `words`: 16-bit weights of the lane's tile, or tiles; `others`: of the lane that has the other tile.
+  template <int kOwn>
+  __device__ static Operands operands(const uint32_t (&words)[kOwn][2], const uint32_t (&others)[kOwn][2], bool upper) {
+    Operands to;
 #pragma unroll
-    for (int n = 0; n < kProducts; ++n) {
-      uint32_t second[2] = {0, 0};
-      if (2 * n + 1 < kTiles) second[0] = a[2 * n + 1][0], second[1] = a[2 * n + 1][1];
-      const uint32_t left[4] = {a[2 * n][0], kPairs ? second[0] : a[2 * n][1], kPairs ? a[2 * n][1] : second[0],
-                                second[1]};
+    for (int tile = 0; tile < kStepTiles; ++tile) {
+      const bool own = kOwn == kStepTiles || upper == (tile == 1);
+      const uint32_t first = own ? words[tile % kOwn][0] : others[tile % kOwn][0];
+      const uint32_t second = own ? words[tile % kOwn][1] : others[tile % kOwn][1];
+      if constexpr (kPairs) {
+        const uint32_t low = upper ? 0x2404 : 0x4240, high = upper ? 0x3414 : 0x4341;
+        to.word[2 * tile][0] = permute(first, 0, low), to.word[2 * tile][1] = permute(second, 0, low);
+        to.word[2 * tile + 1][0] = permute(first, 0, high), to.word[2 * tile + 1][1] = permute(second, 0, high);
+      } else if constexpr (kBlocks == 1) {
+        to.word[0][tile] = permute(first, second, upper ? 0x7531 : 0x6420);
+      } else {
+        to.word[0][tile] = permute(first, second, 0x6420);
+        to.word[1][tile] = permute(first, second, 0x7531);
+      }
+    }
+    return to;
+  }
+
+  // Adds a step: V's codes of two tiles, tile_bytes apart.
+  __device__ static void add(const AttentionCall &call, const uint8_t *codes, int tile_bytes, int g, int q,
+                             const Operands &weights, Sums &sums) {
+    const LevelTable levels{call.v_levels[0], call.v_levels[1]};
+    if constexpr (kPairs) {
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        mma_m16n8k32<Byte, uint8_t>(high[n][block], left, b_high[block], high[n][block]);
-        mma_m16n8k32<Byte, uint8_t>(low[n][block], left, b_low[block], low[n][block]);
+      for (int tile = 0; tile < kStepTiles; ++tile) {
+        Codes v;
+        uint32_t a[kTiles][2];
+        Codes::load(v, codes + tile * tile_bytes, g, q);
+        Codes::template expand<true>(v, levels, g, a);
+#pragma unroll
+        for (int n = 0; n < kTiles / 2; ++n) {
+          const uint32_t left[4] = {a[2 * n][0], a[2 * n + 1][0], a[2 * n][1], a[2 * n + 1][1]};
+#pragma unroll
+          for (int byte = 0; byte < 2; ++byte) {
+            int32_t(&sum)[4] = sums[2 * n + byte];
+            mma_m16n8k32<Byte, uint8_t>(sum, left, weights.word[2 * tile + byte], sum);
+          }
+        }
+      }
+    } else {
+      Codes first, second;
+      uint32_t a[kTiles][2], b[kTiles][2];
+      Codes::load(first, codes, g, q);
+      Codes::load(second, codes + tile_bytes, g, q);
+      Codes::template expand<false>(first, levels, g, a);
+      Codes::template expand<false>(second, levels, g, b);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        const uint32_t left[4] = {a[m][0], a[m][1], b[m][0], b[m][1]};
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+          int32_t(&sum)[4] = sums[kBlocks * m + block];
+          mma_m16n8k32<Byte, uint8_t>(sum, left, weights.word[block], sum);
+        }
       }
     }
   }
 
-  // Sums of w * level of the lane's columns: of rows 2 (q & 1) + i of four queries by 2 block + i, the sum of whose w is
-  // weights[2 block + i].
-  template <int kBlocks>
-  __device__ static void add_up(const AttentionCall &, const int32_t (&high)[kProducts][kBlocks][4],
-                                const int32_t (&low)[kProducts][kBlocks][4], const float (&weights)[2 * kBlocks], int q,
-                                float (&sums)[2 * kBlocks][2 * kProducts]) {
-    const bool upper = q >= 2;  // lanes of columns 4 to 7
+  // Row i of the lane's two.
+  __device__ static int row_of(int q, int i) { return kBlocks == 1 ? 2 * (q & 1) + i : 2 * q + i; }
+
+  // Sums of w * level of the lane's rows, the sums of whose w are weights[i].
+  __device__ static void add_up(const AttentionCall &, const Sums &sums, const float (&weights)[2], int q,
+                                float (&levels)[2][kColumns]) {
+    const bool upper = q >= 2;
 #pragma unroll
-    for (int row = 0; row < 2 * kBlocks; ++row) {
-      unrolled<2 * kProducts>([&](auto index) {
-        constexpr int n = index / 2, half = index % 2;
-        const int column = 2 * half + row % 2;
-        float bytes = __fmaf_rn(256.0f, float(high[n][row / 2][column]), float(low[n][row / 2][column]));
-        if constexpr (kUniform) {
-          constexpr float kLower = 2.0f / float(1 << Codes::shift(2 * n, half));
-          constexpr float kUpper = 2.0f / float(1 << Codes::shift(std::min(2 * n + 1, kTiles - 1), half));
-          sums[row][index] = __fmaf_rn(bytes, upper ? kUpper : kLower, -3.0f * weights[row]);
-        } else {  // level = 2 byte + 1
-          sums[row][index] = __fmaf_rn(2.0f, bytes, weights[row]);
+    for (int i = 0; i < 2; ++i) {
+      unrolled<kColumns>([&](auto index) {
+        constexpr int half = index % 2, kTile = index / 2;
+        const int column = 2 * half + i;
+        float bytes, factor = 2.0f;
+        if constexpr (kEitherByte) {  // of the two lanes one takes the first tiles, the other the last
+          constexpr int kUpperTile = kTile + kTiles / 2;
+          const int32_t here = upper ? sums[kUpperTile][column] : sums[kTile][column];
+          const int32_t there =
+              __shfl_xor_sync(kAll, upper ? sums[kTile][column] : sums[kUpperTile][column], 2);
+          bytes = __fmaf_rn(256.0f, float(upper ? here : there), float(upper ? there : here));
+          if constexpr (kUniform) {
+            factor = upper ? 2.0f / float(1 << Codes::shift(kUpperTile, half))
+                           : 2.0f / float(1 << Codes::shift(kTile, half));
+          }
+        } else {
+          bytes = __fmaf_rn(256.0f, float(sums[2 * kTile + 1][column]), float(sums[2 * kTile][column]));
+          if constexpr (kUniform) factor = 2.0f / float(1 << Codes::shift(kTile, half));
         }
+        // level = 2 byte + 1, or 2 (byte >> shift) - 3
+        levels[i][index] = __fmaf_rn(factor, bytes, kUniform ? -3.0f * weights[i] : weights[i]);
       });
     }
   }
 
-  // set(index, channel) for the second index of those sums, but for what is nobody's.
+  // set(index, channel) for the second index of those.
   template <class Set>
   __device__ static void for_each_channel(const AttentionCall &, int g, int q, Set &&set) {
     const bool upper = q >= 2;
-    unrolled<2 * kProducts>([&](auto index) {
-      constexpr int n = index / 2, half = index % 2;
-      constexpr int kTile = kPairs ? std::min<int>(index, kTiles - 1) : 2 * n;       // of the lower lanes
-      constexpr int kUpperTile = kPairs || 2 * n + 1 == kTiles ? kTile : 2 * n + 1;  // of the upper ones
-      if (kPairs && index >= kTiles) return;
-      if (!kPairs && 2 * n + 1 == kTiles && upper) return;
-      const int r = kPairs ? upper : half;
-      set(index, upper ? Codes::template channel_of<kUpperTile>(r, g) : Codes::template channel_of<kTile>(r, g));
+    unrolled<kColumns>([&](auto index) {
+      if constexpr (kPairs) {
+        constexpr int kTile = index;
+        set(index, Codes::template channel_of<kTile>(upper, g));
+      } else if constexpr (kBlocks == 1) {
+        constexpr int kTile = index / 2, kUpperTile = kTile + kTiles / 2, half = index % 2;
+        set(index, upper ? Codes::template channel_of<kUpperTile>(half, g) : Codes::template channel_of<kTile>(half, g));
+      } else {
+        constexpr int kTile = index / 2, half = index % 2;
+        set(index, Codes::template channel_of<kTile>(half, g));
+      }
     });
   }
 };
 
+// V of a kind that the call names.
 template <int kDim>
-struct AnyV {
-  static constexpr int kProducts = FixedV<4, kDim, false>::kProducts;
+struct AnyV : FixedV<4, kDim, false, 2> {
+  using Base = FixedV<4, kDim, false, 2>;
 
-  __device__ static bool pairs(const AttentionCall &call) { return call.v_uniform == 0 && call.v_bits != 8; }
-
-  template <int kBlocks>
-  __device__ static void add(const AttentionCall &call, const uint8_t *codes, int g, int q,
-                             const uint32_t (&b_high)[kBlocks][2], const uint32_t (&b_low)[kBlocks][2],
-                             int32_t (&high)[kProducts][kBlocks][4], int32_t (&low)[kProducts][kBlocks][4]) {
-    if (call.v_uniform != 0)
-      return FixedV<2, kDim, true>::template add<kBlocks>(call, codes, g, q, b_high, b_low, high, low);
-    if (call.v_bits == 2)
-      return FixedV<2, kDim, false>::template add<kBlocks>(call, codes, g, q, b_high, b_low, high, low);
-    if (call.v_bits == 3)
-      return FixedV<3, kDim, false>::template add<kBlocks>(call, codes, g, q, b_high, b_low, high, low);
-    if (call.v_bits == 4)
-      return FixedV<4, kDim, false>::template add<kBlocks>(call, codes, g, q, b_high, b_low, high, low);
-    FixedV<8, kDim, false>::template add<kBlocks>(call, codes, g, q, b_high, b_low, high, low);
+  // take(V of that kind)
+  template <class Take>
+  __device__ static void choose(const AttentionCall &call, Take &&take) {
+    if (call.v_uniform != 0) return take(FixedV<2, kDim, true, 2>());
+    if (call.v_bits == 2) return take(FixedV<2, kDim, false, 2>());
+    if (call.v_bits == 3) return take(FixedV<3, kDim, false, 2>());
+    if (call.v_bits == 4) return take(Base());
+    take(FixedV<8, kDim, false, 2>());
   }
 
-  template <int kBlocks>
-  __device__ static void add_up(const AttentionCall &call, const int32_t (&high)[kProducts][kBlocks][4],
-                                const int32_t (&low)[kProducts][kBlocks][4], const float (&weights)[2 * kBlocks], int q,
-                                float (&sums)[2 * kBlocks][2 * kProducts]) {
-    if (call.v_uniform != 0) return FixedV<2, kDim, true>::template add_up<kBlocks>(call, high, low, weights, q, sums);
-    FixedV<4, kDim, false>::template add_up<kBlocks>(call, high, low, weights, q, sums);  // the same for all others
+  __device__ static void add(const AttentionCall &call, const uint8_t *codes, int tile_bytes, int g, int q,
+                             const typename Base::Operands &weights, typename Base::Sums &sums) {
+    choose(call, [&](auto v) {
+      using V = decltype(v);
+      typename V::Operands same;
+      std::memcpy(&same, &weights, sizeof same);
+      V::add(call, codes, tile_bytes, g, q, same, sums);
+    });
   }
-
+  __device__ static void add_up(const AttentionCall &call, const typename Base::Sums &sums, const float (&weights)[2],
+                                int q, float (&levels)[2][Base::kColumns]) {
+    if (call.v_uniform != 0) return FixedV<2, kDim, true, 2>::add_up(call, sums, weights, q, levels);
+    Base::add_up(call, sums, weights, q, levels);  // the same for all others
+  }
   template <class Set>
   __device__ static void for_each_channel(const AttentionCall &call, int g, int q, Set &&set) {
-    if (call.v_uniform != 0) return FixedV<2, kDim, true>::for_each_channel(call, g, q, set);
-    if (call.v_bits == 2) return FixedV<2, kDim, false>::for_each_channel(call, g, q, set);
-    if (call.v_bits == 3) return FixedV<3, kDim, false>::for_each_channel(call, g, q, set);
-    if (call.v_bits == 4) return FixedV<4, kDim, false>::for_each_channel(call, g, q, set);
-    FixedV<8, kDim, false>::for_each_channel(call, g, q, set);
+    choose(call, [&](auto v) { decltype(v)::for_each_channel(call, g, q, set); });
   }
 };
 
@@ -445,8 +503,8 @@ struct AttentionShape {
   static constexpr bool kAny = kAnyPages;  // scales of any type, blocks of any size
   static constexpr int kHeadDimV = kDimV;
   static constexpr int kBlocks = kBlocksOfRows, kRows = 4 * kBlocks;
+  static constexpr int kScratch = 2 * V::kColumns * 32;  // floats that a warp has
   static constexpr int kWarps = attention_warps(kDimK, kDimV, kBlocks);
-  static constexpr int kValues = 4 * kBlocks * V::kProducts;  // sums that a lane has
 };
 
 // ---- one warp's rows
@@ -499,11 +557,12 @@ class WarpRows {
   static constexpr int kTiles = kBlocks;  // of a step that a lane weighs: its own, or both
   static_assert(kStepTiles == 2);
 
+  // `states`: of all warps.
   __device__ WarpRows(const AttentionCall &call, RowState *states)
-      : call_(call), states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
+      : call_(call), all_states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
 
   __device__ void begin(const ListedItem &listed, int pack_head) {
-    const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states_);
+    const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states());
     plain_first_ = plain.x, plain_end_ = plain.y;
     const RowState &state = row();
     gain_ = state.query.gain, shifted_ = state.query.offset;
@@ -518,20 +577,16 @@ class WarpRows {
       a_[s][0] = word.x, a_[s][1] = word.y, a_[s][2] = word.z, a_[s][3] = word.w;
     }
 #pragma unroll
-    for (int n = 0; n < V::kProducts; ++n) {
+    for (int n = 0; n < V::kColumns; ++n) {
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) high_sums_[n][block][i] = low_sums_[n][block][i] = 0;
-      }
+      for (int i = 0; i < 4; ++i) sums_[n][i] = 0;
     }
     sum_ = 0;
     weights_ = 0;
     squares_ = 0;
-    if (lane_index() == 0) states_[0].steps = 0;
+    if (lane_index() == 0) states()[0].steps = 0;
     flags_ = kUnset;
     run_ = 0;
-    check_ = kFirstCheck;
   }
 
   // Takes a step: tiles at `codes` and `tile_bytes` after, `number` and the next in their sequence. `exact`: tokens that are
@@ -542,25 +597,12 @@ class WarpRows {
     uint32_t words[kTiles][2];  // 16-bit weights of the lane's keys
     weigh(codes, tile_bytes, number, exact, words);
     between();
-    const bool upper = g_ >= 4;
-    uint32_t others[kTiles][2];  // of the lane that has the other tile, or the other four rows
+    uint32_t others[kTiles][2] = {};  // of the lane that has the other tile
+    if constexpr (kBlocks == 1) {
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) others[t][i] = __shfl_xor_sync(kAll, words[t][i], 16);
+      for (int i = 0; i < 2; ++i) others[0][i] = __shfl_xor_sync(kAll, words[0][i], 16);
     }
-#pragma unroll
-    for (int tile = 0; tile < kStepTiles; ++tile) {
-      uint32_t low[kBlocks][2], high[kBlocks][2];
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        const int t = kBlocks == 1 ? 0 : tile;
-        const bool own = upper == ((kBlocks == 1 ? tile : block) == 1);
-        set_operand(own ? words[t][0] : others[t][0], own ? words[t][1] : others[t][1], low[block], high[block]);
-      }
-      V::template add<kBlocks>(call_, codes + tile * tile_bytes + call_.pool.v_codes, g_, q_, high, low, high_sums_,
-                               low_sums_);
-    }
+    V::add(call_, codes + call_.pool.v_codes, tile_bytes, g_, q_, V::operands(words, others, g_ >= 4), sums_);
   }
 
   // Leaves the reference and the sum of weights of each row in the states.
@@ -570,24 +612,23 @@ class WarpRows {
     RowState &state = row();
     const float base = set ? state.query.offset - shifted_ : kMinusInfinity;
     __syncwarp();
-    if (q_ == 0 && g_ < Shape::kRows) state.base = base, state.total = sum_;
+    if (lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows) state.base = base, state.total = sum_;
     __syncwarp();
   }
 
   // The lane's sums of w * level, see FixedV.
-  __device__ void add_up(float (&sums)[2 * kBlocks][2 * V::kProducts]) const {
+  __device__ void add_up(float (&levels)[2][V::kColumns]) const {
     const float own = float(row_weights());
-    float weights[2 * kBlocks];
+    float weights[2];
 #pragma unroll
-    for (int i = 0; i < 2 * kBlocks; ++i) weights[i] = __shfl_sync(kAll, own, 4 * row_of(i));
-    V::template add_up<kBlocks>(call_, high_sums_, low_sums_, weights, q_, sums);
+    for (int i = 0; i < 2; ++i) weights[i] = __shfl_sync(kAll, own, 4 * row_of(i));
+    V::add_up(call_, sums_, weights, lane_now() % 4, levels);
   }
   template <class Set>
   __device__ void for_each_channel(Set &&set) const {
-    V::for_each_channel(call_, g_, q_, set);
+    V::for_each_channel(call_, lane_now() / 4, lane_now() % 4, set);
   }
-  // The row of the sums with first index i.
-  __device__ int row_of(int i) const { return 4 * (i / 2) + 2 * (q_ & 1) + i % 2; }
+  __device__ static int row_of(int i) { return V::row_of(lane_now() % 4, i); }
 
  private:
   static constexpr uint32_t kOne = 0x4b000000;  // 2^23: integers are a float's low bits
@@ -601,7 +642,7 @@ class WarpRows {
   static constexpr uint32_t kLargeSum = 1u << 24, kMostSum = 1u << 29;
 
   __device__ RowState &row() const {
-    return states_[kBlocks == 1 ? g_ & 3 : g_];
+    return states()[lane_now() / 4 % Shape::kRows];
   }
 
   // Of all lanes that have keys of the row.
@@ -707,7 +748,8 @@ class WarpRows {
     }
     const float largest = float(bits & 0xffff);
     squares_ = __fmaf_rn(largest, largest, squares_);
-    if (++run_ >= check_) look();
+    ++run_;
+    if ((run_ & (run_ - 1)) == 0) look();
   }
 
   // soft_cap * tanh(x / soft_cap), in units of log2.
@@ -747,30 +789,16 @@ class WarpRows {
     return bits;
   }
 
-  // The operand of four rows: bytes of weights, by turns with zeros (V::kPairs), or one half of zeros.
-  __device__ void set_operand(uint32_t first, uint32_t second, uint32_t (&low)[2], uint32_t (&high)[2]) const {
-    const bool odd = g_ >= 4;
-    if (V::pairs(call_)) {
-      const uint32_t low_bytes = odd ? 0x2404 : 0x4240, high_bytes = odd ? 0x3414 : 0x4341;
-      low[0] = permute(first, 0, low_bytes), low[1] = permute(second, 0, low_bytes);
-      high[0] = permute(first, 0, high_bytes), high[1] = permute(second, 0, high_bytes);
-    } else {
-      const uint32_t low_word = permute(first, second, 0x6420), high_word = permute(first, second, 0x7531);
-      low[0] = odd ? 0 : low_word, low[1] = odd ? low_word : 0;
-      high[0] = odd ? 0 : high_word, high[1] = odd ? high_word : 0;
-    }
-  }
-
-  // Whether weights are so small that their rounding shows, or sums too large; the next step does what is needed. Rounding
+  // After 1, 2, 4 .. steps: whether weights are so small that their rounding shows, or sums too large; the next step does
+  // what is needed. Rounding
   // adds an error of about sqrt(n / 12) to a sum of n values, if they are independent of size sqrt(sum of w^2).
   __device__ void look() {
     const uint32_t sum = row_weights();
     const float squares = 0.5f * row_sum(squares_), least = least_weight();
-    const float keys = float((states_[0].steps + run_) * kStepTiles * kTileTokens);
+    const float keys = float((states()[0].steps + run_) * kStepTiles * kTileTokens);
     const bool small =
         sum < kLargeSum && float(sum) < least * keys && squares < least * least * keys;
     if ((flags_ & kUnset) == 0 && (small || sum >= kMostSum || run_ >= kMostSteps)) flags_ |= kLook;
-    check_ = min(2 * run_, kMostSteps);
   }
 
   // New references where there are none yet, a weight is too large, weights have become small or sums large; `y` and the
@@ -826,13 +854,12 @@ class WarpRows {
       shift_sums(shift);
       sum = shift >= 32 ? 0 : shift >= 0 ? sum >> shift : sum << -shift;
       sum_ = shift > 126 ? 0.0f : sum_ * __int_as_float((127 - shift) << 23);
-      weights_ = q_ == 0 && g_ < Shape::kRows ? sum : 0;
+      weights_ = lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows ? sum : 0;
       squares_ = shift > 60 ? 0.0f : squares_ * __int_as_float((127 - 2 * shift) << 23);
       __syncwarp();
-      if (lane_index() == 0) states_[0].steps += run_;
+      if (lane_index() == 0) states()[0].steps += run_;
       __syncwarp();
       run_ = 0;
-      check_ = kFirstCheck;
     }
     shifted_ -= float(rise);
 #pragma unroll
@@ -844,46 +871,60 @@ class WarpRows {
     if (change || gain_ == 0) flags_ &= ~kUnset;  // gain 0: no such row, or all its scores are equal
   }
 
-  // Divides all sums by 2^shift of their row, and leaves less than 256 in the low ones.
+  // Divides all sums by 2^shift of their row. Low sums, of at most 255 * 127 * 32 a step, are carried to high ones before
+  // 2 * kMostSteps steps.
   __device__ void shift_sums(int shift) {
-    const bool simple = !__any_sync(kAll, shift < 0 || shift > 16);
+    const int before = states()[0].steps;
+    const bool simple = !__any_sync(
+        kAll, shift < 0 || shift > 16 || before / kMostSteps != (before + run_) / kMostSteps);
+    const bool is_low = !V::kEitherByte || lane_now() % 4 < 2;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
+    for (int i = 0; i < 2; ++i) {
+      const int by = __shfl_sync(kAll, shift, 4 * row_of(i));
+      if (simple) {
+        const int32_t mask = is_low ? (1 << by) - 1 : 0;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int by = __shfl_sync(kAll, shift, 4 * (4 * block + 2 * (q_ & 1) + i));
-        if (simple) {
-          const int32_t mask = (1 << by) - 1;
+        for (int n = 0; n < V::kColumns; n += V::kEitherByte ? 1 : 2) {
 #pragma unroll
-          for (int n = 0; n < V::kProducts; ++n) {
-#pragma unroll
-            for (int k = i; k < 4; k += 2) {
-              int32_t &high = high_sums_[n][block][k], &low = low_sums_[n][block][k];
-              high += low >> 8;
-              low = ((low & 255) + 256 * (high & mask)) >> by;
-              high >>= by;
+          for (int k = i; k < 4; k += 2) {
+            if constexpr (V::kEitherByte) {
+              const int32_t other = __shfl_xor_sync(kAll, sums_[n][k], 2);
+              sums_[n][k] = (sums_[n][k] + 256 * (other & mask)) >> by;
+            } else {
+              sums_[n][k] = (sums_[n][k] + 256 * (sums_[n + 1][k] & mask)) >> by;
+              sums_[n + 1][k] >>= by;
             }
           }
-        } else {
+        }
+      } else {
 #pragma unroll
-          for (int n = 0; n < V::kProducts; ++n) {
+        for (int n = 0; n < V::kColumns; n += V::kEitherByte ? 1 : 2) {
 #pragma unroll
-            for (int k = i; k < 4; k += 2) {
-              int32_t &high = high_sums_[n][block][k], &low = low_sums_[n][block][k];
-              int64_t sum = 256 * int64_t{high} + low;
-              sum = by >= 0 ? sum >> min(by, 63) : sum * (int64_t{1} << -by);
-              high = int32_t(sum >> 8);
-              low = int32_t(sum & 255);
+          for (int k = i; k < 4; k += 2) {
+            int32_t low = sums_[n][k], high;
+            if constexpr (V::kEitherByte) {
+              const int32_t other = __shfl_xor_sync(kAll, low, 2);
+              high = is_low ? other : low, low = is_low ? low : other;
+            } else {
+              high = sums_[n + 1][k];
             }
+            int64_t sum = 256 * int64_t{high} + low;
+            sum = by >= 0 ? sum >> min(by, 63) : sum * (int64_t{1} << -by);
+            sums_[n][k] = is_low ? int32_t(sum & 255) : int32_t(sum >> 8);
+            if constexpr (!V::kEitherByte) sums_[n + 1][k] = int32_t(sum >> 8);
           }
         }
       }
     }
   }
 
+  // Of the warp; what is seldom needed is computed anew, because registers are few.
+  __device__ RowState *states() const { return all_states_ + thread_index_now() / 32 * Shape::kRows; }
+  __device__ static int lane_now() { return thread_index_now() % 32; }
+
   const AttentionCall &call_;
-  RowState *states_;
-  int g_, q_;
+  RowState *const all_states_;  // an offset from the start of shared memory that the launch gives
+  const int g_, q_;
 
   // The item's.
   uint32_t a_[K::kSteps][4];
@@ -898,20 +939,24 @@ class WarpRows {
   float squares_;     // of the bits of every step's w: about twice the sum of w^2
   unsigned flags_;
   // The warp's.
-  int run_, check_;  // steps since the references were changed, and when to look at weights
-  int32_t high_sums_[V::kProducts][kBlocks][4], low_sums_[V::kProducts][kBlocks][4];
+  int run_;  // steps since the references were changed
+  typename V::Sums sums_;
 };
 
 // ---- the kernel
 
-// Adds up what the teams have of a head's rows, and leaves it as a partial result. `scratch` and `states`: of the head in
-// the first team that has any; those of the next are pack_heads warps further. Short, because it is run once: fetching
+// Adds up what the teams have of a head's rows, and leaves it as a partial result. Short, because it is run once: fetching
 // code takes longer than running it.
 template <class Shape>
-__device__ void write_partial(const AttentionCall &call, int64_t slot_number, int head, Team team,
-                              const WarpRows<Shape> &rows, float *scratch, const RowState *states) {
-  constexpr int kRows = 2 * Shape::kBlocks, kColumns = Shape::kValues / kRows, kWarpScratch = Shape::kValues * 32;
-  const int lane = lane_index(), num_rows = call.block_tokens * call.block_heads;
+__device__ __forceinline__ void write_partial(const AttentionCall &call, const AttentionRing &ring, uint8_t *memory,
+                                              int64_t slot_number, const WarpRows<Shape> &rows) {
+  constexpr int kRows = 2, kColumns = Shape::V::kColumns, kWarpScratch = Shape::kScratch;
+  const int thread = thread_index_now(), lane = thread % 32, warp = thread / 32, head = warp % call.pack_heads;
+  const Team team{warp / call.pack_heads, int(blockDim.x) / 32 / call.pack_heads};
+  const int num_rows = call.block_tokens * call.block_heads;
+  // Of the head in the first team that has any; those of the next are pack_heads warps further.
+  float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at) + head * kWarpScratch;
+  const RowState *states = reinterpret_cast<const RowState *>(memory + ring.rows_at) + head * Shape::kRows;
   float sums[kRows][kColumns];
   rows.add_up(sums);
   if (team.index > 0) {
@@ -984,38 +1029,41 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   const int warp = int(threadIdx.x) / 32, lane = lane_index();
   const int head = warp % call.pack_heads;
   const Team team{warp / call.pack_heads, int(blockDim.x) / 32 / call.pack_heads};
-  float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at) + head * (Shape::kValues * 32);
-  RowState *states = reinterpret_cast<RowState *>(memory + ring.rows_at);
   StepTable &table = reinterpret_cast<StepTable *>(memory + ring.tables_at)[team.index];
   uint8_t *stages = memory + team.index * ring.stages * ring.stage_bytes;
-  uint64_t *full = shared.full + team.index * ring.stages, *empty = shared.empty + team.index * ring.stages;
+  uint64_t *full = shared.full + team.index * ring.stages;
   for (int i = int(threadIdx.x); i < team.count * ring.stages; i += int(blockDim.x)) {
     barrier_init(&shared.full[i], 1);
     barrier_init(&shared.empty[i], uint32_t(call.pack_heads));
   }
   barrier_init_fence();
+  if (threadIdx.x == 0) shared.listed_before = 0;
+  __syncwarp();
   grid_dependency_wait();
   grid_dependency_launch();
-  BlockItems block = call.block_items[blockIdx.x];
-
-  WarpRows<Shape> rows(call, states + warp * Shape::kRows);
+  WarpRows<Shape> rows(call, reinterpret_cast<RowState *>(memory + ring.rows_at));
   int stage = 0;  // of the next step, and the parity of its barriers' phase
   uint32_t parity = 0;
 #pragma unroll 1
-  for (; block.count > 0; block.first += kMaxItems, block.count -= kMaxItems) {
-    if (warp == 0) {
-      if (lane < min(block.count, kMaxItems)) {
+  for (;;) {
+    if (const int listing = thread_index_now(); listing < 32) {
+      const BlockItems block = call.block_items[blockIdx.x];
+      const int before = shared.listed_before, count = min(block.count - before, kMaxItems);
+      __syncwarp();
+      if (listing < count) {
         ListedItem listed;
-        listed.item = call.items[block.first + lane];
+        listed.slot = block.first + before + listing;
+        listed.item = call.items[listed.slot];
         listed.sequence = read_sequence(call, listed.item.sequence, 0);
-        shared.items[lane] = listed;
+        shared.items[listing] = listed;
       }
-      if (lane == 0) shared.num_items = min(block.count, kMaxItems);
+      if (listing == 0) shared.num_items = count, shared.listed_before = before + kMaxItems;
     }
     __syncthreads();
+    if (shared.num_items <= 0) break;
     if (head == 0) {
-      find_steps(call, shared, table, team, 0);
-      find_steps(call, shared, table, team, kBatch);
+#pragma unroll 1
+      for (int first = 0; first <= kBatch; first += kBatch) find_steps(call, shared, table, team, first);
       __syncwarp();
 #pragma unroll 1
       for (int n = 0, to = stage; n < ring.stages && table.address[n][0] != no_step(); ++n) {  // all stages are free
@@ -1025,40 +1073,41 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     }
     int n = 0, turn = 0;  // the next step, and whose turn it is to copy
 #pragma unroll 1
-    for (int i = 0; i < shared.num_items; ++i) {
+    for (int i = 0; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
       const ListedItem &listed = shared.items[i];
+      if (lane == 0) shared.current[warp] = i;
+      __syncwarp();
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
       rows.begin(listed, head);
-      int left = steps_of(listed.item, team), tile = tile_of(listed.item, team, 0);
+      int tile = tile_of(listed.item, team, 0);
 #pragma unroll 1
-      while (left > 0) {
-        if (n % kBatch == 0 && n > 0 && head == 0) find_steps(call, shared, table, team, n + kBatch);
-        __syncwarp();
-        const int end = n + min(left, kBatch - n % kBatch);
-        left -= end - n;
-#pragma unroll 1
-        for (; n < end; ++n, tile += kStepTiles * team.count) {
-          barrier_wait(&full[stage], parity);
-          rows.take(stages + stage * ring.stage_bytes + head * call.pool.tile_bytes, ring.tile_bytes, tile,
-                    table.exact[n % kTable], [&] {
-                      // In turn: the step that takes the place of the one before.
-                      if (turn == head && n > 0) {
-                        const int next = n - 1 + ring.stages, free = stage == 0 ? ring.stages - 1 : stage - 1;
-                        barrier_wait(&empty[free], stage == 0 ? parity ^ 1 : parity);
-                        if (table.address[next % kTable][0] != no_step()) {
-                          copy_step<Shape::kAny>(call, ring, shared, table, team, next,
-                                                 stages + free * ring.stage_bytes, &full[free]);
-                        }
-                      }
-                      if (++turn == call.pack_heads) turn = 0;
-                    });
+      for (int left = steps_of(listed.item, team); left > 0; --left) {
+        if (n % kBatch == 0 && n > 0 && head == 0) {
+          find_steps(call, shared, table, team, n + kBatch);
           __syncwarp();
-          if (lane == 0) barrier_arrive(&empty[stage]);
-          if (++stage == ring.stages) stage = 0, parity ^= 1;
         }
+        barrier_wait(&full[stage], parity);
+        rows.take(stages + stage * ring.stage_bytes + head * call.pool.tile_bytes, ring.tile_bytes, tile,
+                  table.exact[n % kTable], [&] {
+                    // In turn: the step that takes the place of the one before.
+                    if (turn == head && n > 0) {
+                      const int next = n - 1 + ring.stages, free = stage == 0 ? ring.stages - 1 : stage - 1;
+                      barrier_wait(full + kMaxStages + free, stage == 0 ? parity ^ 1 : parity);
+                      if (table.address[next % kTable][0] != no_step()) {
+                        copy_step<Shape::kAny>(call, ring, shared, table, team, next,
+                                               stages + free * ring.stage_bytes, &full[free]);
+                      }
+                    }
+                    if (++turn == call.pack_heads) turn = 0;
+                  });
+        __syncwarp();
+        if (lane == 0) barrier_arrive(full + kMaxStages + stage);
+        if (++stage == ring.stages) stage = 0, parity ^= 1;
+        ++n;
+        tile += kStepTiles * team.count;
       }
       rows.end();
-      write_partial<Shape>(call, int64_t{block.first} + i, head, team, rows, scratch, states + head * Shape::kRows);
+      write_partial<Shape>(call, ring, memory, shared.items[shared.current[thread_index_now() / 32]].slot, rows);
     }
     __syncthreads();
   }
@@ -1071,7 +1120,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
 auto shape_of() {
   using K = std::conditional_t<kBitsK == 0, AnyK<kDimK>, FixedK<kBitsK == 20 ? 2 : kBitsK, kDimK, kBitsK == 20>>;
-  using V = std::conditional_t<kBitsV == 0, AnyV<kDimV>, FixedV<kBitsV == 20 ? 2 : kBitsV, kDimV, kBitsV == 20>>;
+  using V = std::conditional_t<kBitsV == 0, AnyV<kDimV>, FixedV<kBitsV == 20 ? 2 : kBitsV, kDimV, kBitsV == 20, kBlocks>>;
   return AttentionShape<K, V, kDimK, kDimV, kBlocks, kBitsK == 0>{};
 }
 
@@ -1094,7 +1143,7 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
   for (const int least_stages : {3, 2}) {  // with two, copies wait for each other
     for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
       const int warps = teams * call.pack_heads;
-      const int scratch = (warps - call.pack_heads) * Shape::kValues * 32 * int(sizeof(float));
+      const int scratch = (warps - call.pack_heads) * Shape::kScratch * int(sizeof(float));
       const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(StepTable));
       const int others = scratch + states + tables + int(sizeof(AttentionShared));
       ring.stages =

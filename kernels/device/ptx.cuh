@@ -13,6 +13,13 @@ __device__ __forceinline__ int32_t apart(int32_t x) {
   return x;
 }
 
+// threadIdx.x, read again: what is computed from it needs no registers before.
+__device__ __forceinline__ int thread_index_now() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // The address of shared memory that ld.shared takes.
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));

@@ -19,6 +19,10 @@ inline uintptr_t shared_window() {
   return reinterpret_cast<uintptr_t>(dynamic_shared()) - 1024;
 }
 
+inline int thread_index_now() {
+  return int(threadIdx.x);
+}
+
 inline int32_t apart(int32_t x) {
   return x;
 }
