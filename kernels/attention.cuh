@@ -38,7 +38,7 @@ inline constexpr float kMinusInfinity = -INFINITY;
 
 // The dynamic shared memory: rings, then what each warp and team has, in bytes from the start.
 struct AttentionRing {
-  int32_t stages;                   // of a team
+  int32_t teams, stages;            // stages: of a team
   int32_t tile_bytes, stage_bytes;  // of a tile of all heads, of a stage: a multiple of 128
   int32_t in_one_copy;              // the heads of a tile are adjacent
   int32_t scratch_at, rows_at, tables_at, shared_at;
@@ -410,7 +410,9 @@ struct FixedV {
   }
 
   // Row i of the lane's two.
-  __device__ static int row_of(int q, int i) { return kBlocks == 1 ? 2 * (q & 1) + i : 2 * q + i; }
+  __device__ static int row_of(int q, int i) {
+    return kBlocks == 1 ? 2 * (q & 1) + i : 2 * q + i;
+  }
 
   // Sums of w * level of the lane's rows, the sums of whose w are weights[i].
   __device__ static void add_up(const AttentionCall &, const Sums &sums, const float (&weights)[2], int q,
@@ -425,8 +427,7 @@ struct FixedV {
         if constexpr (kEitherByte) {  // of the two lanes one takes the first tiles, the other the last
           constexpr int kUpperTile = kTile + kTiles / 2;
           const int32_t here = upper ? sums[kUpperTile][column] : sums[kTile][column];
-          const int32_t there =
-              __shfl_xor_sync(kAll, upper ? sums[kTile][column] : sums[kUpperTile][column], 2);
+          const int32_t there = __shfl_xor_sync(kAll, upper ? sums[kTile][column] : sums[kUpperTile][column], 2);
           bytes = __fmaf_rn(256.0f, float(upper ? here : there), float(upper ? there : here));
           if constexpr (kUniform) {
             factor = upper ? 2.0f / float(1 << Codes::shift(kUpperTile, half))
@@ -452,7 +453,8 @@ struct FixedV {
         set(index, Codes::template channel_of<kTile>(upper, g));
       } else if constexpr (kBlocks == 1) {
         constexpr int kTile = index / 2, kUpperTile = kTile + kTiles / 2, half = index % 2;
-        set(index, upper ? Codes::template channel_of<kUpperTile>(half, g) : Codes::template channel_of<kTile>(half, g));
+        set(index,
+            upper ? Codes::template channel_of<kUpperTile>(half, g) : Codes::template channel_of<kTile>(half, g));
       } else {
         constexpr int kTile = index / 2, half = index % 2;
         set(index, Codes::template channel_of<kTile>(half, g));
@@ -590,12 +592,12 @@ class WarpRows {
   }
 
   // Takes a step: tiles at `codes` and `tile_bytes` after, `number` and the next in their sequence. `exact`: tokens that are
-  // read raw, by tiles. `between` is called once, where it may take a while.
+  // read raw, by tiles. `last`: of the item. `between` is called once, where it may take a while.
   template <class Between>
   __device__ __forceinline__ void take(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
-                                       Between &&between) {
+                                       bool last, Between &&between) {
     uint32_t words[kTiles][2];  // 16-bit weights of the lane's keys
-    weigh(codes, tile_bytes, number, exact, words);
+    weigh(codes, tile_bytes, number, exact, last, words);
     between();
     uint32_t others[kTiles][2] = {};  // of the lane that has the other tile
     if constexpr (kBlocks == 1) {
@@ -628,16 +630,22 @@ class WarpRows {
   __device__ void for_each_channel(Set &&set) const {
     V::for_each_channel(call_, lane_now() / 4, lane_now() % 4, set);
   }
-  __device__ static int row_of(int i) { return V::row_of(lane_now() % 4, i); }
+  __device__ static int row_of(int i) {
+    return V::row_of(lane_now() % 4, i);
+  }
 
  private:
   static constexpr uint32_t kOne = 0x4b000000;  // 2^23: integers are a float's low bits
   // The row's weights are to be looked at; its reference is not chosen yet, or the row does not exist.
   static constexpr unsigned kLook = 1, kUnset = 2;
-  // What the root of the mean w^2 is not left below, where rounding adds 1 / (sqrt(12) * 900) = 3.2e-4 to the root of the
-  // sum of squares, or 8e-4 where the output is of 16 bits; and log2 of what a new reference is to make of it.
-  __device__ float least_weight() const { return call_.out.type == TQ_TYPE_F32 ? 900.0f : 360.0f; }
-  __device__ float good_weight() const { return call_.out.type == TQ_TYPE_F32 ? 10.5f : 9.25f; }
+  // What the root of the mean w^2 is not left below, where rounding adds 1 / (sqrt(12) * 1800) = 1.6e-4 to the root of the
+  // sum of squares, or 6.4e-4 where the output is of 16 bits; and log2 of what a new reference is to make of it.
+  __device__ float least_weight() const {
+    return call_.out.type == TQ_TYPE_F32 ? 1800.0f : 450.0f;
+  }
+  __device__ float good_weight() const {
+    return call_.out.type == TQ_TYPE_F32 ? 11.5f : 9.5f;
+  }
   // Sums of weights that are so large that smaller weights' rounding does not show, and that are too large.
   static constexpr uint32_t kLargeSum = 1u << 24, kMostSum = 1u << 29;
 
@@ -685,7 +693,7 @@ class WarpRows {
   }
 
   __device__ __forceinline__ void weigh(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
-                                        uint32_t (&words)[kTiles][2]) {
+                                        bool last, uint32_t (&words)[kTiles][2]) {
     int32_t scores[kStepTiles][4];
     score(codes, scores[0]);
     score(codes + tile_bytes, scores[1]);
@@ -731,7 +739,7 @@ class WarpRows {
     uint32_t bits = weights_of(y, v_scale, p, w);
     const bool over = (bits & 0xffff0000) != kOne;
     if (__any_sync(kAll, over || flags_ != 0)) {
-      choose_references(v_scale, over, y);
+      choose_references(v_scale, over, last, y);
       bits = weights_of(y, v_scale, p, w);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
@@ -796,14 +804,13 @@ class WarpRows {
     const uint32_t sum = row_weights();
     const float squares = 0.5f * row_sum(squares_), least = least_weight();
     const float keys = float((states()[0].steps + run_) * kStepTiles * kTileTokens);
-    const bool small =
-        sum < kLargeSum && float(sum) < least * keys && squares < least * least * keys;
+    const bool small = sum < kLargeSum && float(sum) < least * keys && squares < least * least * keys;
     if ((flags_ & kUnset) == 0 && (small || sum >= kMostSum || run_ >= kMostSteps)) flags_ |= kLook;
   }
 
   // New references where there are none yet, a weight is too large, weights have become small or sums large; `y` and the
   // sums with them.
-  __device__ void choose_references(const float (&v_scale)[kTiles][4], bool over, float (&y)[kTiles][4]) {
+  __device__ void choose_references(const float (&v_scale)[kTiles][4], bool over, bool last, float (&y)[kTiles][4]) {
     // log2 of the row's weights w: the largest, and the moments of what the others are below it.
     float weight[kTiles][4], most = kMinusInfinity, most_score = kMinusInfinity;
 #pragma unroll
@@ -835,14 +842,15 @@ class WarpRows {
     power = row_sum(power) * count;
     const float spread = exp2_approx(0.5f * log2_approx(fmaxf(__fmaf_rn(-mean, mean, square), 1e-6f)));
     // A weight that was too large is an outlier; else the largest of some thousand keys is expected at 2^16, if that leaves
-    // the root of the mean w^2 of these large enough.
+    // the root of the mean w^2 of these large enough, and there are more to come.
     const bool unset = (flags_ & kUnset) != 0, look = (flags_ & kLook) != 0;
     const float room = fmaxf(0.5f * log2_approx(power) + (16 - good_weight()), 0);
-    const float expected = unset || look ? fminf(fmaxf(__fmaf_rn(3.75f, spread, mean), 0), room) + 0.1f : 2.0f;
+    float expected = unset || look ? fminf(fmaxf(__fmaf_rn(3.75f, spread, mean), 0), room) + 0.1f : 2.0f;
+    if (last) expected = 0.1f;
     if (most == kMinusInfinity) most = most_score;  // no value, but a weight
     int rise = 0;
     const bool change = (unset || look || outlier) && most != kMinusInfinity;
-    if (change) rise = __float2int_ru(most + expected - 16);
+    if (change) rise = __float2int_rn(ceilf(most + expected - 16));
     uint32_t sum = row_weights();
     if (!unset && sum >= kMostSum / 2) {
       rise = max(rise, 4);
@@ -875,8 +883,8 @@ class WarpRows {
   // 2 * kMostSteps steps.
   __device__ void shift_sums(int shift) {
     const int before = states()[0].steps;
-    const bool simple = !__any_sync(
-        kAll, shift < 0 || shift > 16 || before / kMostSteps != (before + run_) / kMostSteps);
+    const bool simple =
+        !__any_sync(kAll, shift < 0 || shift > 16 || before / kMostSteps != (before + run_) / kMostSteps);
     const bool is_low = !V::kEitherByte || lane_now() % 4 < 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -919,8 +927,12 @@ class WarpRows {
   }
 
   // Of the warp; what is seldom needed is computed anew, because registers are few.
-  __device__ RowState *states() const { return all_states_ + thread_index_now() / 32 * Shape::kRows; }
-  __device__ static int lane_now() { return thread_index_now() % 32; }
+  __device__ RowState *states() const {
+    return all_states_ + thread_index_now() / 32 * Shape::kRows;
+  }
+  __device__ static int lane_now() {
+    return thread_index_now() % 32;
+  }
 
   const AttentionCall &call_;
   RowState *const all_states_;  // an offset from the start of shared memory that the launch gives
@@ -952,7 +964,7 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
                                               int64_t slot_number, const WarpRows<Shape> &rows) {
   constexpr int kRows = 2, kColumns = Shape::V::kColumns, kWarpScratch = Shape::kScratch;
   const int thread = thread_index_now(), lane = thread % 32, warp = thread / 32, head = warp % call.pack_heads;
-  const Team team{warp / call.pack_heads, int(blockDim.x) / 32 / call.pack_heads};
+  const Team team{warp / call.pack_heads, ring.teams};
   const int num_rows = call.block_tokens * call.block_heads;
   // Of the head in the first team that has any; those of the next are pack_heads warps further.
   float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at) + head * kWarpScratch;
@@ -1028,7 +1040,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   AttentionShared &shared = *reinterpret_cast<AttentionShared *>(memory + ring.shared_at);
   const int warp = int(threadIdx.x) / 32, lane = lane_index();
   const int head = warp % call.pack_heads;
-  const Team team{warp / call.pack_heads, int(blockDim.x) / 32 / call.pack_heads};
+  const Team team{warp / call.pack_heads, ring.teams};
   StepTable &table = reinterpret_cast<StepTable *>(memory + ring.tables_at)[team.index];
   uint8_t *stages = memory + team.index * ring.stages * ring.stage_bytes;
   uint64_t *full = shared.full + team.index * ring.stages;
@@ -1075,6 +1087,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 #pragma unroll 1
     for (int i = 0; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
       const ListedItem &listed = shared.items[i];
+      __syncwarp();  // all lanes know i
       if (lane == 0) shared.current[warp] = i;
       __syncwarp();
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
@@ -1088,14 +1101,14 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         }
         barrier_wait(&full[stage], parity);
         rows.take(stages + stage * ring.stage_bytes + head * call.pool.tile_bytes, ring.tile_bytes, tile,
-                  table.exact[n % kTable], [&] {
+                  table.exact[n % kTable], left == 1, [&] {
                     // In turn: the step that takes the place of the one before.
                     if (turn == head && n > 0) {
                       const int next = n - 1 + ring.stages, free = stage == 0 ? ring.stages - 1 : stage - 1;
                       barrier_wait(full + kMaxStages + free, stage == 0 ? parity ^ 1 : parity);
                       if (table.address[next % kTable][0] != no_step()) {
-                        copy_step<Shape::kAny>(call, ring, shared, table, team, next,
-                                               stages + free * ring.stage_bytes, &full[free]);
+                        copy_step<Shape::kAny>(call, ring, shared, table, team, next, stages + free * ring.stage_bytes,
+                                               &full[free]);
                       }
                     }
                     if (++turn == call.pack_heads) turn = 0;
@@ -1120,7 +1133,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
 auto shape_of() {
   using K = std::conditional_t<kBitsK == 0, AnyK<kDimK>, FixedK<kBitsK == 20 ? 2 : kBitsK, kDimK, kBitsK == 20>>;
-  using V = std::conditional_t<kBitsV == 0, AnyV<kDimV>, FixedV<kBitsV == 20 ? 2 : kBitsV, kDimV, kBitsV == 20, kBlocks>>;
+  using V =
+      std::conditional_t<kBitsV == 0, AnyV<kDimV>, FixedV<kBitsV == 20 ? 2 : kBitsV, kDimV, kBitsV == 20, kBlocks>>;
   return AttentionShape<K, V, kDimK, kDimV, kBlocks, kBitsK == 0>{};
 }
 
@@ -1149,6 +1163,7 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
       ring.stages =
           std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, 12));
       if (ring.stages < least_stages) continue;
+      ring.teams = teams;
       ring.scratch_at = teams * ring.stages * ring.stage_bytes;
       ring.rows_at = ring.scratch_at + scratch;
       ring.tables_at = ring.rows_at + states;

@@ -615,6 +615,68 @@ typedef struct tq_plan_result {
 TQKV_API tq_status tq_plan(const tq_plan_args *args, tq_plan_result *result, char *json, size_t json_capacity,
                            size_t *json_bytes);
 
+/* Keys, values and queries of one layer, as a model made them (after position encoding), and what its cache should be.
+ * Everything here is host memory; it is read during the call only. */
+typedef struct tq_recommend_args {
+  uint32_t struct_size;
+  int32_t type;       /* TQ_TYPE_* of k, v and q */
+  int64_t num_tokens; /* consecutive tokens of one sequence, 1 to 2^31 - 1; a thousand and more tell something */
+  const void *k;      /* [num_tokens, kv_heads, head_dim_k], channels adjacent, aligned to the element */
+  const void *v;      /* [num_tokens, kv_heads, head_dim_v] */
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  const void *q;       /* optional [num_queries, q_heads, head_dim_k]: the queries of the last num_queries positions */
+  int64_t num_queries; /* at most num_tokens; more than 256 MB of results allow are left out, the first ones first */
+  int64_t q_token_stride, q_head_stride;
+  int32_t kv_heads;           /* 1 to 1024; 0: 1 */
+  int32_t q_heads;            /* a multiple of kv_heads, at most 65536; 0 without q */
+  int32_t head_dim_k;         /* as in tq_side_config */
+  int32_t head_dim_v;         /* 0: head_dim_k */
+  float scale;                /* of the logits; 0: 1 / sqrt(head_dim_k) */
+  int32_t threads;            /* caller included; 0: all cores */
+  double max_output_error;    /* targets, 0: none; with no target at all max_output_error is 0.05 */
+  double max_kl;              /* nats; needs q */
+  double max_bytes_per_token; /* of all kv heads, exact copies included */
+  int64_t context_tokens;     /* exact copies are paid once for as many tokens; 0: 32768 */
+  int32_t exact_first_tokens; /* the exact ranges to consider; both 0: 4 and 128; -1 here: none */
+  int32_t exact_recent_tokens;
+  uint64_t seed; /* of the rotations */
+} tq_recommend_args;
+
+/* Output struct. */
+typedef struct tq_recommend_result {
+  uint32_t struct_size;
+  int32_t meets_targets;      /* 0: no preset does; what is recommended comes closest */
+  char preset[16];            /* a name for tq_config_init */
+  int32_t use_key_offset;     /* 1: the mean of the keys, [kv_heads, head_dim_k], as key_offset */
+  int32_t exact_first_tokens; /* 0 and 0 where exact copies do not pay */
+  int32_t exact_recent_tokens;
+  int32_t outlier_channels; /* of the keys, whose root mean square about the mean is over 4 times their head's median */
+  double output_error;      /* measured with the recommendation */
+  double kl;                /* NaN without q */
+  double bytes_per_token;
+  double key_mean_share; /* sum over channels of mean(k)^2 / mean(k^2): what a key offset takes away */
+} tq_recommend_result;
+
+/* Recommends how to store a layer: encodes the given keys and values on the CPU at every preset of different bits, without
+ * and with the exact ranges, and attends to them as a decode step does, each query to the keys up to its position, in
+ * double precision, with a_j the weights and o the output of the original keys and values, b_j and p those of the stored
+ * ones:
+ *   output error  |p - o| / |o| over all queries and heads
+ *   KL            mean over queries and heads of sum_j a_j log(a_j / b_j)
+ * Without q no attention can be measured: output_error is the larger of the root mean squares of |x - decoded| / |x| over
+ * keys and over values, and exact ranges are not considered.
+ * A key offset is used where it makes the KL (without q: the squared error of the keys) at 4 bits smaller by a tenth or
+ * more. Of what meets all targets the fewest bytes are taken, of equal ones the smaller output error; with
+ * max_bytes_per_token alone the smallest output error within it. "raw" is considered last, for nothing else meets a
+ * target. Figures hold for this sample: a recommendation for a model wants one for each layer, from text like its users'.
+ *
+ * `json` as in tq_plan (16384 bytes are enough): the recommendation, "statistics", every candidate with its figures, and
+ * "reasons", sentences.
+ * Errors: NULL_POINTER, MISALIGNED, UNKNOWN_ENUM, OVERFLOW; NOT_SUPPORTED (a head_dim that no Hadamard matrix has);
+ * INVALID_ARGUMENT (ranges; a NaN or an infinity, naming its token and head; json_capacity). */
+TQKV_API tq_status tq_recommend(const tq_recommend_args *args, tq_recommend_result *result, char *json,
+                                size_t json_capacity, size_t *json_bytes);
+
 /* ------------------------------------------------------------------------------------------- table of functions -- */
 
 /* For programs that dlopen the library: one symbol, tq_get_api, gives all others. Functions are only ever appended. */
@@ -646,6 +708,7 @@ typedef struct tq_api {
   tq_status (*paged_attention)(const tq_codec *, const tq_attention_args *);
   tq_status (*merge_states)(const tq_codec *, const tq_merge_args *);
   tq_status (*plan)(const tq_plan_args *, tq_plan_result *, char *, size_t, size_t *);
+  tq_status (*recommend)(const tq_recommend_args *, tq_recommend_result *, char *, size_t, size_t *);
 } tq_api;
 
 /* The table for an ABI version (1 .. TQKV_ABI_VERSION), static. Errors: NULL_POINTER, NOT_SUPPORTED. */

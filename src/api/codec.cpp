@@ -20,12 +20,8 @@ tq_status tq_config_init(tq_config *config, uint32_t struct_size, const char *pr
     }
     std::memset(static_cast<void *>(config), 0, struct_size);
     config->struct_size = struct_size;
-    const auto set = [](tq_side_config &side, int bits) {
-      side.bits = bits;
-      if (bits == 2) side.codebook = TQ_CODEBOOK_UNIFORM;
-    };
-    set(config->k, k_bits);
-    set(config->v, v_bits);
+    set_preset_bits(config->k, k_bits);
+    set_preset_bits(config->v, v_bits);
     return TQ_OK;
   });
 }

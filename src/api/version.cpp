@@ -141,6 +141,7 @@ tq_status tq_get_api(uint32_t abi_version, const tq_api **api) {
       tq_paged_attention,
       tq_merge_states,
       tq_plan,
+      tq_recommend,
   };
   return guard([&]() -> tq_status {
     if (api == nullptr) return fail(TQ_ERROR_NULL_POINTER, "api is NULL");

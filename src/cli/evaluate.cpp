@@ -15,13 +15,14 @@
 
 #include "common.hpp"
 #include "machine.hpp"
-#include "metrics.hpp"
+#include "metrics/metrics.hpp"
 #include "terminal.hpp"
 
 namespace tqkv_cli {
 namespace {
 
 using nlohmann::ordered_json;
+using namespace tqkv_metrics;
 
 constexpr int64_t kBlockTokens = 16;
 // A file of any size is measured in less than 512 MB: these two bounds, and what grows with neither, stay well below.
@@ -230,7 +231,7 @@ class LayerEvaluation {
     scale_ = options_.scale > 0 ? options_.scale : 1 / std::sqrt(double(shape_.dim_k));
     attention_.emplace(
         AttentionShape{queries_, shape_.q_heads, shape_.heads, shape_.dim_k, shape_.dim_v, double(float(scale_))},
-        q.data(), positions_);
+        q.data(), positions_, parallel_for);
   }
 
   void require_finite(const Tensor &tensor, const float *values, int64_t first, int64_t count, int64_t heads,

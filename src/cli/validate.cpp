@@ -8,13 +8,14 @@
 
 #include "commands.hpp"
 #include "common.hpp"
-#include "metrics.hpp"
+#include "metrics/metrics.hpp"
 #include "terminal.hpp"
 
 namespace tqkv_cli {
 namespace {
 
 using nlohmann::ordered_json;
+using tqkv_metrics::VectorError;
 
 struct Options {
   std::vector<int32_t> head_dims = {64, 80, 96, 112, 128, 192, 256, 576};

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <tqkv/tqkv.h>
+
 #include <cstring>
 
 namespace tqkv {
@@ -26,6 +28,12 @@ inline bool find_preset(const char *name, int *k_bits, int *v_bits) {
     return true;
   }
   return false;
+}
+
+// A preset's bits for one side.
+inline void set_preset_bits(tq_side_config &side, int bits) {
+  side.bits = bits;
+  if (bits == 2) side.codebook = TQ_CODEBOOK_UNIFORM;
 }
 
 }  // namespace tqkv

@@ -25,9 +25,10 @@ check src/codec codec runtime kernels
 check src/cache cache codec runtime kernels
 check src/attention attention cache codec runtime kernels
 check kernels kernels codec
-check src/plan plan codec runtime
+check src/metrics metrics
+check src/plan plan metrics codec runtime
 check src/api api attention cache codec plan runtime
-check src/cli cli
+check src/cli cli metrics
 check bench bench
 check tests/abi
 check tests/emulation abi codec emulation kernels

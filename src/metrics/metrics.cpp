@@ -10,9 +10,7 @@
 #include <limits>
 #include <utility>
 
-#include "common.hpp"
-
-namespace tqkv_cli {
+namespace tqkv_metrics {
 namespace {
 
 constexpr int64_t kLanes = 8;
@@ -83,8 +81,10 @@ void VectorError::add(const VectorError &other) {
   count += other.count;
 }
 
-ExactAttention::ExactAttention(const AttentionShape &shape, const float *q, std::vector<int64_t> positions)
-    : shape_(shape),
+ExactAttention::ExactAttention(const AttentionShape &shape, const float *q, std::vector<int64_t> positions,
+                               ParallelFor parallel_for)
+    : parallel_for_(std::move(parallel_for)),
+      shape_(shape),
       positions_(std::move(positions)),
       lse_(size_t(shape.rows()), kNothing),
       out_(size_t(shape.rows() * shape.head_dim_v), 0.0),
@@ -133,56 +133,67 @@ void ExactAttention::logits(size_t block, const float *keys, double *x) const {
   }
 }
 
+// Attention over keys with logits x[0, visible), whose log-sum-exp is `lse`, joins what a row has of earlier ones.
+// values(j) is where the value of key j begins.
+template <class Values>
+void ExactAttention::add_to_row(const double *x, int64_t visible, double lse, const Values &values, double &row_lse,
+                                double *out) const {
+  const int64_t dim = shape_.head_dim_v;
+  const double whole = log_add(row_lse, lse), before = share(row_lse, whole);
+  for (int64_t c = 0; c < dim; ++c) out[c] *= before;
+  for (int64_t j = 0; j < visible; ++j) {
+    const double weight = std::exp(x[j] - whole);
+    const float *value = values(j);
+    for (int64_t c = 0; c < dim; ++c) out[c] += weight * value[c];
+  }
+  row_lse = whole;
+}
+
 void ExactAttention::add_chunk(int64_t first, int64_t tokens, const float *k, const float *v) {
   first_ = first;
   tokens_ = tokens;
   x_.resize(blocks_.size() * size_t(kLanes * tokens));
   const int64_t dim = shape_.head_dim_v;
-  parallel_for(int64_t(blocks_.size()), [&](int64_t b) {
+  parallel_for_(int64_t(blocks_.size()), [&](int64_t b) {
     const Block &block = blocks_[size_t(b)];
     double *x = x_.data() + b * kLanes * tokens;
     logits(size_t(b), k, x);
-    std::vector<double> part(static_cast<size_t>(dim));
     for (int64_t i = 0; i < block.rows; ++i) {
       const int64_t row = row_of(block, i), visible = visible_of(block, i);
-      const double lse = chunk_lse_[size_t(row)] = log_sum_exp(x + i * tokens, visible);
-      std::fill(part.begin(), part.end(), 0.0);
-      for (int64_t j = 0; j < visible; ++j) {
-        const double weight = std::exp(x[i * tokens + j] - lse);
-        const float *value = v + (j * shape_.kv_heads + block.kv_head) * dim;
-        for (int64_t c = 0; c < dim; ++c) part[size_t(c)] += weight * value[c];
-      }
-      const double whole = log_add(lse_[size_t(row)], lse);
-      const double before = share(lse_[size_t(row)], whole), now = share(lse, whole);
-      double *out = out_.data() + row * dim;
-      for (int64_t c = 0; c < dim; ++c) out[c] = before * out[c] + now * part[size_t(c)];
-      lse_[size_t(row)] = whole;
+      chunk_lse_[size_t(row)] = log_sum_exp(x + i * tokens, visible);
+      add_to_row(
+          x + i * tokens, visible, chunk_lse_[size_t(row)],
+          [&](int64_t j) { return v + (j * shape_.kv_heads + block.kv_head) * dim; }, lse_[size_t(row)],
+          out_.data() + row * dim);
     }
   });
 }
 
-void ExactAttention::compare_chunk(const OtherKeys &keys, WeightState &state) const {
+void ExactAttention::compare_chunk(const OtherCache &cache, WeightState &state) const {
+  const int64_t dim = shape_.head_dim_v;
   if (state.lse.empty()) {
     state.lse.assign(size_t(shape_.rows()), kNothing);
     state.mean_gain.assign(size_t(shape_.rows()), 0.0);
+    if (cache.coded_v) state.out.assign(size_t(shape_.rows() * dim), 0.0);
   }
-  parallel_for(int64_t(blocks_.size()), [&](int64_t b) {
+  parallel_for_(int64_t(blocks_.size()), [&](int64_t b) {
     const Block &block = blocks_[size_t(b)];
     std::vector<double> y(size_t(kLanes * tokens_)), exact_y;
-    logits(size_t(b), keys.coded, y.data());
-    if (keys.exact) {
+    logits(size_t(b), cache.coded, y.data());
+    if (cache.exact) {
       exact_y.resize(y.size());
-      logits(size_t(b), keys.exact, exact_y.data());
+      logits(size_t(b), cache.exact, exact_y.data());
     }
     for (int64_t i = 0; i < block.rows; ++i) {
       const int64_t row = row_of(block, i), visible = visible_of(block, i);
       if (visible == 0) continue;
       const double *x = x_.data() + (b * kLanes + i) * tokens_;
       double *other = y.data() + i * tokens_;
-      if (keys.exact) {
-        const int64_t recent = positions_[size_t(row / shape_.q_heads)] - keys.exact_recent - first_;
+      const int64_t recent = positions_[size_t(row / shape_.q_heads)] - cache.exact_recent - first_;
+      const auto exactly = [&](int64_t j) { return first_ + j < cache.exact_first || j > recent; };
+      if (cache.exact) {
         for (int64_t j = 0; j < visible; ++j) {
-          if (first_ + j < keys.exact_first || j > recent) other[j] = exact_y[size_t(i * tokens_ + j)];
+          if (exactly(j)) other[j] = exact_y[size_t(i * tokens_ + j)];
         }
       }
       const double chunk_lse = chunk_lse_[size_t(row)];
@@ -191,7 +202,18 @@ void ExactAttention::compare_chunk(const OtherKeys &keys, WeightState &state) co
       // lse_ already holds this chunk: the mean so far keeps the share of the earlier ones.
       const double now = share(chunk_lse, lse_[size_t(row)]);
       state.mean_gain[size_t(row)] = (1 - now) * state.mean_gain[size_t(row)] + now * gain;
-      state.lse[size_t(row)] = log_add(state.lse[size_t(row)], log_sum_exp(other, visible));
+      const double other_lse = log_sum_exp(other, visible);
+      if (cache.coded_v) {
+        add_to_row(
+            other, visible, other_lse,
+            [&](int64_t j) {
+              return (cache.exact_v && exactly(j) ? cache.exact_v : cache.coded_v) +
+                     (j * shape_.kv_heads + block.kv_head) * dim;
+            },
+            state.lse[size_t(row)], state.out.data() + row * dim);
+      } else {
+        state.lse[size_t(row)] = log_add(state.lse[size_t(row)], other_lse);
+      }
     }
   });
 }
@@ -207,13 +229,22 @@ double ExactAttention::divergence(const WeightState &state) const {
   return sum / double(count);
 }
 
-double ExactAttention::output_error(const float *out) const {
+template <class Out>
+double ExactAttention::error_of(const Out *out) const {
   double error = 0, norm = 0;
   for (size_t i = 0; i < out_.size(); ++i) {
     error += (out[i] - out_[i]) * (out[i] - out_[i]);
     norm += out_[i] * out_[i];
   }
-  return std::sqrt(error / norm);
+  return error == 0 ? 0 : std::sqrt(error / norm);
 }
 
-}  // namespace tqkv_cli
+double ExactAttention::output_error(const float *out) const {
+  return error_of(out);
+}
+
+double ExactAttention::output_error(const WeightState &state) const {
+  return error_of(state.out.data());
+}
+
+}  // namespace tqkv_metrics
