@@ -140,7 +140,8 @@ struct Sets {
     const int64_t seqs = int64_t(one.lengths.size());
     const auto blocks_of = [&](int32_t length) { return divided_up(length, one.block_tokens); };
     int64_t blocks = 0;
-    for (int32_t length : one.lengths) {
+    for (int32_t with_new : one.lengths) {
+      const int32_t length = one.coded_length(with_new);
       blocks += blocks_of(length);
       columns = std::max(columns, blocks_of(length));
       // The window of several query tokens is wider by the others.
@@ -154,7 +155,7 @@ struct Sets {
     table.assign(size_t(count * seqs * columns), -1);
     size_t next = 0;
     for (int64_t s = 0; s < count * seqs; ++s) {
-      const int64_t own = blocks_of(one.lengths[size_t(s % seqs)]);
+      const int64_t own = blocks_of(one.coded_length(one.lengths[size_t(s % seqs)]));
       for (int64_t b = 0; b < own; ++b) table[size_t(s * columns + b)] = order[next++];
     }
     if (exact_tokens == 0) return;
@@ -225,6 +226,15 @@ class Bench {
       args.exact_first_tokens = one.exact_first;
       args.exact_recent_tokens = one.exact_recent;
     }
+    const int64_t new_elements = one.chunk ? int64_t{num_tokens} * one.kv_heads * one.head_dim : 0;
+    const Buffer k_new(size_t(new_elements) * 2), v_new(size_t(new_elements) * 2);
+    if (one.chunk) {
+      fill_normals(k_new.data, new_elements, 5 * kOther, float(kLogitSpread));
+      fill_normals(v_new.data, new_elements, 6 * kOther);
+      expect(cudaDeviceSynchronize(), "filling the new keys");
+      args.k_new = k_new.data;
+      args.v_new = v_new.data;
+    }
     args.soft_cap = one.soft_cap;
     args.window_tokens = one.window;
     if (one.sinks) args.sinks = as<float>(sinks);
@@ -256,8 +266,15 @@ class Bench {
 
     AttentionRow row;
     row.what = one;
-    row.bytes =
-        sets.coded_tokens * pool_->layout.bytes_per_token + sets.exact_tokens * pool_->exact_layout.bytes_per_token;
+    row.bytes = sets.coded_tokens * pool_->layout.bytes_per_token +
+                sets.exact_tokens * pool_->exact_layout.bytes_per_token + 4 * new_elements;
+    for (int32_t length : one.lengths) {
+      for (int i = 0; i < one.q_len; ++i) {
+        const int64_t seen = length - one.q_len + 1 + i;
+        const int64_t visible = one.window == 0 ? seen : std::min<int64_t>(seen, one.window);
+        row.flops += 4.0 * one.head_dim * one.q_heads * double(visible);
+      }
+    }
     // Every call of a graph has another set, or the sets take turns; both are far larger than the L2 cache.
     const Rotation rotation{sets.count, int(std::max<int64_t>(4, std::min(sets.count, kColdBytes / row.bytes + 1)))};
     row.time = time_of(

@@ -19,6 +19,7 @@ struct AttentionCase {
   int q_len = 1, window = 0, exact_first = 0, exact_recent = 0;
   float soft_cap = 0;
   bool sinks = false, lse = false;
+  bool chunk = false;  // the last q_len keys are k_new
 
   double least_share = 0;
   std::string relative_to;  // name of the case whose time this one's is compared with, or nothing
@@ -26,6 +27,7 @@ struct AttentionCase {
   double peer_seconds = 0;  // FlashInfer bf16 on the same shape
   double least_speed = 0;   // times that
 
+  int32_t coded_length(int32_t length) const { return chunk ? length - q_len : length; }
   std::string name() const;
 };
 
@@ -34,6 +36,8 @@ struct AttentionRow {
   int64_t bytes = 0;  // of pages, that a call must read
   Timing time;
   Ceiling ceiling;  // of reading as many
+
+  double flops = 0;  // of both products over the keys that queries see
 
   double share() const { return ceiling.seconds / time.median; }
 };

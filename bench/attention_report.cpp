@@ -102,6 +102,22 @@ std::vector<AttentionCase> all_cases() {
       cases.push_back(std::move(one));
     }
   }
+  for (const char *shape : {"16 x 32768, 32/8", "1 x 131072, 32/8"}) {
+    AttentionCase one =
+        *std::find_if(cases.begin(), cases.end(), [&](const AttentionCase &c) { return c.shape == shape; });
+    one.preset = "raw";
+    one.least_share = one.peer_seconds = one.least_speed = 0;
+    cases.push_back(std::move(one));
+  }
+  for (const char *preset : {"k4v4", "k3v3", "k2v2", "raw"}) {
+    AttentionCase one;
+    one.shape = "1 x 2048 over 32768, 32/8";
+    one.lengths = {32768 + 2048};
+    one.preset = preset;
+    one.q_len = 2048;
+    one.chunk = true;
+    cases.push_back(std::move(one));
+  }
   return cases;
 }
 
@@ -150,6 +166,7 @@ std::vector<Figure> figures_of(const std::vector<AttentionRow> &rows, const Atte
     const double relative = base == nullptr ? NAN : row.time.median / base->time.median;
     figures.push_back(make("relative", relative, what.most_relative, false, 1, "%.2f"));
   }
+  if (what.chunk) figures.push_back(make("TFLOP/s", row.flops / row.time.median, 0, true, 1e-12, "%.1f"));
   if (what.peer_seconds > 0) {
     figures.push_back(make("speed", what.peer_seconds / row.time.median, what.least_speed, true, 1, "%.2f"));
   }
@@ -220,7 +237,8 @@ nlohmann::ordered_json to_json(const Machine &machine, const std::vector<Attenti
       if (figure.key == "relative") entry["relative_to"] = what.relative_to;
       if (figure.key == "speed") entry["peer_microseconds"] = rounded(what.peer_seconds * 1e6, 1000);
       if (!figure.key.empty()) {
-        entry[figure.key] = std::isfinite(figure.value) ? Json(rounded(figure.value, 10000)) : Json(nullptr);
+        const double value = figure.key == "TFLOP/s" ? figure.value * 1e-12 : figure.value;
+        entry[figure.key] = std::isfinite(value) ? Json(rounded(value, 10000)) : Json(nullptr);
       }
       if (figure.limit == 0) continue;
       entry[prefix + "figure"] = figure.limit_shown;

@@ -3,10 +3,16 @@
 // partial results, "finish" merges these, leaves the rotated domain and adds what is read raw. Plain structs, passed by
 // value; see launch.hpp.
 //
-// SEGMENTS. The query rows that share a kv head are cut into segments of at most 8 rows: `block_tokens` tokens by
-// `block_heads` heads. A segment has `pack_heads` kv heads, next to each other in memory, and the keys of one sequence, or
-// of one split of it. Segments are numbered by (sequence, token block, head part, head pack, split), the last fastest;
-// sequence s has segments sequence_segments[s] .. sequence_segments[s + 1] - 1, none if its rows are not known.
+// KERNELS. Few rows over codes are attention.cuh's, on integer tensor cores. Many rows (prefill), raw pages and what else
+// that has no kernel for are attention_wide.cuh's, on 16-bit ones; it reads k_new of 16 bits, too. The rest, exact pages
+// and other k_new, is read by "finish".
+//
+// SEGMENTS. The query rows that share a kv head are cut into segments of at most 8 rows, in the wide kernels 16 to 128:
+// `block_tokens` tokens by `block_heads` heads. A segment has `pack_heads` kv heads, next to each other in memory, and the
+// keys of one sequence, or of one split of it. Where the wide kernels read k_new the last "split" is its keys; their tiles
+// are counted from the first one on. Segments are numbered by (sequence, token block, head part, head pack, split), the
+// last fastest; sequence s has segments sequence_segments[s] .. sequence_segments[s + 1] - 1, none if its rows are not
+// known.
 //
 // UNITS. A unit is the time that a tile of 16 tokens takes; a segment has kSegmentUnits for its beginning, if it has tiles,
 // and then one a tile. All units together, in the order of segments, are cut into `blocks` equal ranges, one a CUDA block:
@@ -79,10 +85,18 @@ struct AttentionCall {
   int32_t k_uniform, v_uniform;       // 2 bits with levels -3, -1, 1, 3
   uint32_t k_levels[2], v_levels[2];  // operands.cuh: LevelTable
 
+  // The wide kernels.
+  int32_t wide_rows;                  // that a segment may have; 0: attention.cuh
+  int32_t query_type, query_parts;    // of operands: f16 or bf16, high parts alone or low ones, too
+  int32_t weight_parts;               // likewise, of f16
+  float new_gain;                     // of queries of k_new, which may have the opposite sign
+  uint32_t k_halves[4], v_halves[4];  // attention_wide.cuh: HalfTable
+
   // Segments and units.
   int32_t block_tokens, block_heads, head_parts;  // head_parts: ceil(group / block_heads)
   int32_t pack_heads, head_packs;                 // kv_heads = pack_heads * head_packs
-  int32_t splits, split_tiles;                    // 1, 0: automatic
+  int32_t splits, split_tiles;                    // of all kinds; 0: automatic
+  int32_t page_splits;                            // of pages; the others are of k_new
   int32_t blocks;                                 // at most kMaxAttentionBlocks
   int64_t max_segments;                           // max_segments + blocks is at most INT32_MAX / 2
 
@@ -94,7 +108,9 @@ struct AttentionCall {
   AttentionItem *segments;      // [max_segments]
   AttentionItem *items;         // [blocks + max_segments]: what block b has of segment i in slot b + i
   BlockItems *block_items;      // [blocks]
-  uint8_t *query_operands;      // [num_tokens, q_heads, operand_bytes / 4, 2]: words of high and of low bytes
+  uint8_t *query_operands;      // [num_tokens, q_heads, operand_bytes / 4, 2]: words of high and of low bytes; in the
+                                // wide kernels [num_tokens, q_heads, query_parts, head_dim_k] of query_type
+  uint8_t *new_operands;        // [num_tokens, q_heads, head_dim_k] of q's type, where they read k_new
   int32_t operand_bytes;        // 32 * ceil(head_dim_k / 32)
   struct QueryRow *query_rows;  // [num_tokens, q_heads]
   uint8_t *partials;            // [blocks + max_segments] slots
@@ -108,7 +124,8 @@ TQKV_HOST_DEVICE int64_t partial_outputs(int pack_heads, int rows) {
 
 // A query of 16-bit integers Q, y = query_unit * Q its rotation; low = int8(Q), high = (Q - low) / 256, both signed.
 struct QueryRow {
-  float gain;    // x = gain * key scale * (sum of Q * byte + 256 * bias_high + bias_low) + offset
+  float gain;    // x = gain * key scale * (sum of Q * byte + 256 * bias_high + bias_low) + offset; in the wide kernels
+                 // x = gain * key scale * <operand, levels> + offset, with gain >= 0
   float offset;  // <q, key_offset> * scale * log2(e), or 0
   int32_t bias_high, bias_low;
 };
@@ -138,6 +155,10 @@ bool find_attention(const AttentionCall &call, int64_t rows, AttentionLimits *li
 // The order in which it reads queries.
 QueryOrder query_order(const AttentionCall &call);
 int launch_attention(const AttentionCall &call, void *stream);
+
+// Rows of a segment of the wide kernel for such a call, 0 if there is none; its launch.
+int find_wide_attention(const AttentionCall &call, int64_t rows);
+int launch_wide_attention(const AttentionCall &call, void *stream);
 
 // Before: queries, or with a dense rotation `rotated` [num_tokens, q_heads, head_dim_k], as operands; segments, items
 // and what is known of sequences.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// After attention: a block takes the segments of all splits of some rows, of one kv head. Of its partial results, in
+// After attention: a block takes the segments of all splits of some rows, at most 8, of one kv head. Of its partial results, in
 // the order of splits or of CUDA blocks, warp w sums up every 8th from the w-th on, for all rows; what the warps have is
 // summed up in order and rotated back, a warp a row. So a row's bits do not depend on how many rows a block has. Keys
 // that are read raw are added before, for all rows of the block together: a chunk has a token a thread for scores, a row
@@ -12,7 +12,7 @@
 namespace tqkv::cuda {
 namespace {
 
-constexpr int kMaxRows = 8;       // of a segment
+constexpr int kMaxRows = 8;       // of a block
 constexpr int kRawThreads = 256;  // tokens of a chunk
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kFinishWarps = kRawThreads / 32;
@@ -43,15 +43,17 @@ struct BlockRows {
   AttentionItem segment;  // the first one
   Sequence sequence;      // for rows alone: begin and q_len
   int32_t first_segment, first_token, first_head, kv_head, head_in_pack;
+  int32_t first_row;  // of the block's, in the segment
 
   __device__ int32_t token(const AttentionCall &call, int r) const {
-    return first_token + int32_t(uint32_t(r) / uint32_t(call.block_heads));
+    return first_token + int32_t(uint32_t(first_row + r) / uint32_t(call.block_heads));
   }
   __device__ int32_t head_in_group(const AttentionCall &call, int r) const {
-    return first_head + int32_t(uint32_t(r) % uint32_t(call.block_heads));
+    return first_head + int32_t(uint32_t(first_row + r) % uint32_t(call.block_heads));
   }
   __device__ bool has(const AttentionCall &call, int r) const {
-    return token(call, r) < sequence.q_len && head_in_group(call, r) < call.group;
+    return first_row + r < call.block_tokens * call.block_heads && token(call, r) < sequence.q_len &&
+           head_in_group(call, r) < call.group;
   }
   __device__ int64_t row(const AttentionCall &call, int r) const {  // of [num_tokens, q_heads]
     return int64_t{sequence.begin + token(call, r)} * call.q_heads + kv_head * call.group + head_in_group(call, r);
@@ -60,7 +62,8 @@ struct BlockRows {
 
 // False where there are fewer segments than the host made blocks for.
 template <bool kWholeSequence>
-__device__ bool find_rows(const AttentionCall &call, BlockRows *rows) {
+__device__ bool find_rows(const AttentionCall &call, int first_row, BlockRows *rows) {
+  rows->first_row = first_row;
   rows->first_segment = int32_t(blockIdx.x) * call.splits;
   if (rows->first_segment >= call.max_segments) return false;
   rows->segment = call.segments[rows->first_segment];
@@ -99,24 +102,30 @@ struct Partials {
   int32_t first_slot;     // the others follow; -1: the first of the two numbers is the slot
   int32_t count;
 
-  __device__ Partials(const AttentionCall &call, const BlockRows &rows) {
+  // Of pages, or of k_new.
+  __device__ Partials(const AttentionCall &call, const BlockRows &rows, bool of_new) {
     if (call.split_tiles == 0) {  // parts of one segment, in slots that follow each other
       first_slot = rows.segment.first_slot;
-      count = rows.segment.end_slot - first_slot;
+      int32_t end_slot = rows.segment.end_slot;
+      if (of_new) {
+        const AttentionItem &segment = call.segments[rows.first_segment + 1];
+        first_slot = segment.first_slot, end_slot = segment.end_slot;
+      }
+      count = end_slot - first_slot;
       places = &call.items[first_slot].first_tile;
     } else {  // segments in a slot each
       first_slot = -1;
-      count = call.splits;
-      places = &call.segments[rows.first_segment].first_slot;
+      count = of_new ? call.splits - call.page_splits : call.page_splits;
+      places = &call.segments[rows.first_segment + (of_new ? call.page_splits : 0)].first_slot;
     }
   }
 };
 
-// By a warp, which takes row `row` of the segment into the state and leaves factors for the chunk from `base` on.
+// By a warp, which takes row `row` of the block into the state and leaves factors for the chunk from `base` on.
 __device__ State take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials, int base,
-                             int row, int in_block, State all, Factors &factors) {
+                             int row, State all, Factors &factors) {
   constexpr int kPerLane = kChunk / 32;
-  const int lane = int(threadIdx.x) % 32, index = rows.head_in_pack * segment_rows(call) + row;
+  const int lane = int(threadIdx.x) % 32, index = rows.head_in_pack * segment_rows(call) + rows.first_row + row;
   int2 places[kPerLane];
   float2 loaded[kPerLane];
 #pragma unroll
@@ -125,11 +134,11 @@ __device__ State take_states(const AttentionCall &call, const BlockRows &rows, c
     loaded[i] = make_float2(0, 0);
     if (base + 32 * i >= partials.count) continue;  // by the whole warp: code that is not run is not fetched
     const int j = base + 32 * i + lane;
-    if (j >= partials.count) continue;
+    if (j >= partials.count || rows.first_row + row >= segment_rows(call)) continue;
     places[i] = *reinterpret_cast<const int2 *>(partials.places + int64_t{j} * (sizeof(AttentionItem) / 4));
     const int32_t slot = partials.first_slot < 0 ? places[i].x : partials.first_slot + j;
     loaded[i] = reinterpret_cast<const float2 *>(call.partials + slot * call.slot_bytes)[index];
-    if (in_block == 0) factors.slot[32 * i + lane] = slot;
+    if (row == 0) factors.slot[32 * i + lane] = slot;
   }
   State states[kPerLane];
   float max = all.max;
@@ -145,23 +154,23 @@ __device__ State take_states(const AttentionCall &call, const BlockRows &rows, c
   for (int i = 0; i < kPerLane; ++i) {
     if (base + 32 * i >= partials.count) continue;
     const float factor = factor_of(states[i], max);
-    factors.of[in_block][32 * i + lane] = factor;
+    factors.of[row][32 * i + lane] = factor;
     if (has_keys(states[i])) sum += states[i].sum * factor;
   }
   sum = warp_sum(sum);
   const float correction = factor_of(all, max);
-  if (lane == 0) factors.correction[in_block] = correction;
+  if (lane == 0) factors.correction[row] = correction;
   if (has_keys(all)) sum += all.sum * correction;
   return {max, sum};
 }
 
 // How a block divides its work.
 struct FinishWork {
-  uint32_t queries, weights, values, raw, sums, bytes;  // parts of shared memory, in bytes from its start
-  int32_t rows;                                         // that a block takes
-  int32_t columns;                                      // of 4 channels, of all these rows
-  uint32_t row_of_column;                               // (column * row_of_column) >> 20
-  int32_t per_lane;                                     // channels_per_lane() of V
+  uint32_t queries, weights, values, raw, sums, added, bytes;  // parts of shared memory, in bytes from its start
+  int32_t rows;                                                // that a block takes
+  int32_t columns;                                             // of 4 channels, of all these rows
+  uint32_t row_of_column;                                      // (column * row_of_column) >> 20
+  int32_t per_lane;                                            // channels_per_lane() of V
 };
 
 // Adds the warp's partial results of a chunk to its sums, kMany at a time of kWide columns a lane.
@@ -280,7 +289,8 @@ struct RawKeys {
 __device__ RawKeys find_raw_keys(const AttentionCall &call, const Sequence &sequence, KeyRange seen, bool own) {
   if (own) {
     const int32_t low = max(seen.low, sequence.coded_length);
-    const int32_t count = call.k_new.data == nullptr ? 0 : max(seen.high - low, 0);
+    const bool elsewhere = call.k_new.data == nullptr || call.splits > call.page_splits;
+    const int32_t count = elsewhere ? 0 : max(seen.high - low, 0);
     return {low, 0, count, count};
   }
   if (sequence.exact_table == nullptr) return {};
@@ -342,7 +352,7 @@ class RawPart {
       keys_[thread] = {0, 0};
       positions_[thread] = 0;
       states_[thread] = {minus_infinity(), 0};
-      if (thread < segment_rows(call_) && rows_.has(call_, thread)) {
+      if (rows_.has(call_, thread)) {
         positions_[thread] = position(call_, rows_.sequence, rows_.token(call_, thread));
         keys_[thread] = visible_keys(call_, rows_.sequence, positions_[thread]);
       }
@@ -568,6 +578,10 @@ __device__ Gains finish_softmax(const AttentionCall &call, int64_t row, int head
   return gains;
 }
 
+__device__ float decode_gain(const SideParams &v) {
+  return v.bits == kRawBits ? 1.0f : v.decode_gain;
+}
+
 // What is left of a row of 32 * kPerLane channels, of which `parts` warps have sums `stride` floats apart. `raw_out`
 // may be null.
 template <int kPerLane>
@@ -585,7 +599,7 @@ __device__ __forceinline__ void write_row(const AttentionCall &call, const SideP
     for (int i = 0; i < kPerLane; ++i) x[i] += own.of[i];
   }
   if (output.merged == nullptr) {
-    gains.coded *= v.decode_gain;
+    gains.coded *= decode_gain(v);
     rotate_back(v, lane, x);
   }
   if (raw_out != nullptr) {
@@ -619,7 +633,7 @@ __device__ void write_any_row(const AttentionCall &call, const SideParams &v, co
   }
   __syncwarp();
   if (output.merged == nullptr) {
-    gains.coded *= v.decode_gain;
+    gains.coded *= decode_gain(v);
     rotate_back(v, lane, sums, sums + stride);
   }
 #pragma unroll 1
@@ -635,14 +649,27 @@ __device__ void write_any_row(const AttentionCall &call, const SideParams &v, co
   }
 }
 
-// kRawRows: at least the rows of a segment, or 0 where nothing is read raw.
+// Adds outputs of one softmax, if there are any, to those of another, and the state to its state.
+__device__ void add_raw(State &state, const float *outputs, State other, float *sums, int n, int lane) {
+  const float max = fmaxf(state.max, other.max);
+  const float factor = factor_of(state, max), other_factor = factor_of(other, max);
+  for (int c = lane; c < n; c += 32) {
+    float sum = sums[c] * other_factor;
+    if (outputs != nullptr && factor != 0) sum += outputs[c] * factor;
+    sums[c] = sum;
+  }
+  state = {max, (has_keys(state) ? state.sum * factor : 0.0f) + other.sum * other_factor};
+  __syncwarp();
+}
+
+// kRawRows: at least the rows of a block, or 0 where nothing is read raw here.
 template <int kRawRows>
 __device__ __forceinline__ void finish_rows(const AttentionCall &call, const SideParams &v, const Output &output,
                                             const FinishWork &work) {
   __shared__ Factors factors;
   BlockRows rows;
   // What comes before the wait is written by "prepare", whose end the kernels before have waited for.
-  if (!find_rows<(kRawRows > 0)>(call, &rows)) return grid_dependency_wait();
+  if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return grid_dependency_wait();
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   const int32_t s = rows.segment.sequence;
   // Faults that "attention" finds are seen after the wait; before, some threads may see them.
@@ -672,37 +699,57 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     raw_states = states;
   }
 
-  const int first_row = int(blockIdx.z) * work.rows, row = first_row + warp;
-  const Partials partials(call, rows);
-  const int count = partials.count;
+  bool of_new = call.splits > call.page_splits;  // k_new first, if "attention" read it
+  Partials partials(call, rows, of_new);
   grid_dependency_wait();
   const bool good = is_good();  // looked at last: it takes a while to load
-  float *sums = reinterpret_cast<float *>(memory + work.sums);
-  const uint8_t *outputs = call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
-                           int64_t{rows.head_in_pack * segment_rows(call) + first_row} * n * int64_t{sizeof(float)};
+  float *sums = reinterpret_cast<float *>(memory + work.sums), *added = reinterpret_cast<float *>(memory + work.added);
+  const uint8_t *outputs =
+      call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
+      int64_t{rows.head_in_pack * segment_rows(call) + rows.first_row} * n * int64_t{sizeof(float)};
   constexpr State kNone{-INFINITY, 0};
-  State coded = kNone, raw = kNone;
+  State coded = kNone, raw = kNone, own = kNone;
+  int count = 0;
 #pragma unroll 1
-  for (int base = 0; base < count; base += kChunk) {
-    if (base > 0) __syncthreads();
-    if (warp < work.rows) coded = take_states(call, rows, partials, base, row, warp, coded, factors);
-    __syncthreads();
-    float4 *own = reinterpret_cast<float4 *>(sums) + warp * work.columns;
-    const int chunk = min(count - base, kChunk);
-    if (work.columns <= 32) {  // one row, mostly: then a chunk is read in two goes
-      add_outputs<kChunk / (2 * kFinishWarps), 1>(call, work, outputs, factors, chunk, base == 0, own);
-    } else {
-      add_outputs<4, 4>(call, work, outputs, factors, chunk, base == 0, own);
+  for (;;) {
+    count = partials.count;
+    coded = kNone;
+#pragma unroll 1
+    for (int base = 0; base < count; base += kChunk) {
+      if (base > 0) __syncthreads();
+      if (warp < work.rows) coded = take_states(call, rows, partials, base, warp, coded, factors);
+      __syncthreads();
+      float4 *own_sums = reinterpret_cast<float4 *>(sums) + warp * work.columns;
+      const int chunk = min(count - base, kChunk);
+      if (work.columns <= 32) {  // one row, mostly: then a chunk is read in two goes
+        add_outputs<kChunk / (2 * kFinishWarps), 1>(call, work, outputs, factors, chunk, base == 0, own_sums);
+      } else {
+        add_outputs<4, 4>(call, work, outputs, factors, chunk, base == 0, own_sums);
+      }
     }
+    __syncthreads();
+    if (!of_new) break;
+    own = coded;
+    for (int c = lane; c < n && warp < work.rows; c += 32) {
+      float sum = 0;
+      for (int part = 0; part < min(count, kFinishWarps); ++part) sum += sums[4 * part * work.columns + warp * n + c];
+      added[warp * n + c] = sum;
+    }
+    of_new = false;
+    partials = Partials(call, rows, false);
+    __syncthreads();
   }
-  __syncthreads();
-  if (warp >= work.rows || !rows.has(call, row)) return;
+  if (warp >= work.rows || !rows.has(call, warp)) return;
   const float *raw_out = nullptr;
   if constexpr (kRawRows > 0) {
-    if (good) raw = raw_states[row], raw_out = raw_outputs + row * n;
+    if (good) raw = raw_states[warp], raw_out = raw_outputs + warp * n;
   }
-  const int head = rows.kv_head * call.group + rows.head_in_group(call, row);
-  const int64_t token = rows.sequence.begin + rows.token(call, row), index = token * call.q_heads + head;
+  if (good && has_keys(own)) {
+    add_raw(raw, raw_out, own, added + warp * n, n, lane);
+    raw_out = added + warp * n;
+  }
+  const int head = rows.kv_head * call.group + rows.head_in_group(call, warp);
+  const int64_t token = rows.sequence.begin + rows.token(call, warp), index = token * call.q_heads + head;
   const int64_t at = token * call.out.token_stride + head * call.out.head_stride;
   if (!good) coded = kNone;
   const Gains gains = finish_softmax(call, index, head, lane, coded, raw);
@@ -732,7 +779,7 @@ __global__ void __launch_bounds__(32 * kMaxRows)
     attention_write_kernel(const __grid_constant__ AttentionCall call, float gain, const float *rotated_back,
                            const float *raw) {
   BlockRows rows;
-  if (!find_rows<false>(call, &rows)) return;
+  if (!find_rows<false>(call, 0, &rows)) return;
   const int lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   for (int r = int(threadIdx.x) / 32; r < segment_rows(call); r += int(blockDim.x) / 32) {
     if (!rows.has(call, r)) continue;
@@ -756,7 +803,7 @@ size_t align16(size_t bytes) {
 }
 
 // `rows`: of a block.
-FinishWork divide_work(int head_dim_k, int head_dim_v, int raw_rows, int rows) {
+FinishWork divide_work(int head_dim_k, int head_dim_v, int raw_rows, int rows, bool with_new) {
   size_t at = 0;
   const auto take = [&](size_t bytes) { return uint32_t(std::exchange(at, at + align16(bytes))); };
   FinishWork work{};
@@ -767,6 +814,7 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int raw_rows, int rows) {
     work.raw = take(sizeof(float) * size_t(raw_rows * head_dim_v));
   }
   work.sums = take(sizeof(float) * size_t(kFinishWarps * rows * head_dim_v));
+  work.added = take(sizeof(float) * size_t(with_new ? rows * head_dim_v : 0));
   work.bytes = uint32_t(at);
   work.rows = rows;
   work.columns = rows * head_dim_v / 4;
@@ -777,10 +825,12 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int raw_rows, int rows) {
 template <int kRawRows>
 int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const Output &output, void *stream) {
   const int rows = call.block_tokens * call.block_heads;
+  int block_rows = rows < kMaxRows ? rows : kMaxRows;
   dim3 grid = grid_of(call);
   // A block a row where there are multiprocessors enough; what is read raw is shared by rows.
-  if (kRawRows == 0 && int64_t{grid.x} * grid.y * rows <= 2 * call.blocks) grid.z = unsigned(rows);
-  FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, kRawRows, rows / int(grid.z));
+  if (kRawRows == 0 && int64_t{grid.x} * grid.y * rows <= 2 * call.blocks) block_rows = 1;
+  grid.z = unsigned((rows + block_rows - 1) / block_rows);
+  FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, kRawRows, block_rows, call.splits > call.page_splits);
   work.per_lane = channels_per_lane(v);
   return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(kRawThreads), work.bytes, stream, call, v,
                           output, work);
@@ -789,7 +839,7 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
 template <int kRawRows>
 int load_finish_kernel() {
   constexpr int kMostDim = 256;  // of attention's kernels
-  const int most = int(divide_work(kMostDim, kMostDim, kRawRows, kMaxRows).bytes);
+  const int most = int(divide_work(kMostDim, kMostDim, kRawRows, kMaxRows, true).bytes);
   return cudaFuncSetAttribute(attention_finish_kernel<kRawRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
@@ -799,7 +849,7 @@ int launch_attention_finish(const AttentionCall &call, const SideParams &v, floa
   if (call.num_seqs == 0) return 0;
   const Output output{merged, raw};
   const int rows = call.block_tokens * call.block_heads;
-  if (call.exact.base == nullptr && call.k_new.data == nullptr) {
+  if (call.exact.base == nullptr && (call.k_new.data == nullptr || call.splits > call.page_splits)) {
     return launch_finish_kernel<0>(call, v, output, stream);
   }
   if (rows == 1) return launch_finish_kernel<1>(call, v, output, stream);
@@ -810,7 +860,8 @@ int launch_attention_finish(const AttentionCall &call, const SideParams &v, floa
 int launch_attention_write(const AttentionCall &call, float gain, const float *rotated_back, const float *raw,
                            void *stream) {
   if (call.num_seqs == 0) return 0;
-  const unsigned threads = unsigned(32 * call.block_tokens * call.block_heads);
+  const int rows = call.block_tokens * call.block_heads;
+  const unsigned threads = unsigned(32 * (rows < kMaxRows ? rows : kMaxRows));
   return launch(attention_write_kernel, grid_of(call), threads, 0, stream, call, gain, rotated_back, raw);
 }
 

@@ -94,7 +94,10 @@ __device__ int64_t number_units(const AttentionCall &call, Schedule &shared, int
         } else {
           const uint32_t local = uint32_t(i - int32_t(sequence_segments[s])), group = local / splits;
           const uint32_t block = group / copies, copy = group % copies;
-          const TileRange range = split_of(call, tile_range(call, sequence, int32_t(block)), local % splits);
+          const int32_t split = int32_t(local % splits);
+          const TileRange range = split < call.page_splits
+                                      ? split_of(call, tile_range(call, sequence, int32_t(block)), uint32_t(split))
+                                      : new_tile_range(call, sequence, int32_t(block));
           call.segments[i] = {
               s, int32_t(block), int32_t(copy / packs), int32_t(copy % packs), range.first, range.end, 0, 0};
           own = range.first < range.end ? range.end - range.first + kSegmentUnits : 0;
@@ -261,7 +264,8 @@ using RowIntegers = uint16_t[kMostInRegisters];
 
 // Multiplied with the unit of a query's integers: of 2 byte + 1, or of byte / 32 - 3.
 double query_gain(const AttentionCall &call, const SideParams &k) {
-  const double gain = double(call.scale) * double(kLog2E) * double(k.decode_gain);
+  const double gain = double(call.scale) * double(kLog2E) * (k.bits == kRawBits ? 1.0 : double(k.decode_gain));
+  if (call.wide_rows > 0) return gain;
   return call.k_uniform ? gain / 32 : gain * 2;
 }
 
@@ -305,6 +309,77 @@ __device__ void write_query_row(const AttentionCall &call, int32_t row, int lane
   static_assert(sizeof(QueryRow) == sizeof(int4));
   reinterpret_cast<int4 *>(call.query_rows)[row] = make_int4(
       __float_as_int(row_gain), __float_as_int(offset * (call.scale * kLog2E)), (bias - bias_low) / 256, bias_low);
+}
+
+// ---- queries of the wide kernels
+
+// Two neighbours as 16-bit numbers, and what is left of them.
+__device__ uint32_t take_pair(int type, float (&x)[2]) {
+  const uint32_t pair = type == TQ_TYPE_BF16 ? pack_bf16(x[0], x[1]) : pack_f16(x[0], x[1]);
+  float taken[2];
+  if (type == TQ_TYPE_BF16) {
+    taken[0] = __uint_as_float(pair << 16), taken[1] = __uint_as_float(pair & 0xffff0000);
+  } else {
+    f32_pair_from_f16(pair, taken[0], taken[1]);
+  }
+  x[0] -= taken[0], x[1] -= taken[1];
+  return pair;
+}
+
+// A row for f16 is brought to 2^14 .. 2^15 by a power of two, so that both parts keep their bits; bf16 has f32's range.
+// With a negative gain the row has the opposite sign.
+struct WideRow {
+  const AttentionCall &call;
+  double gain;
+  int exponent;  // what the row is multiplied with is 2^-exponent
+  bool finite;
+
+  // `largest`: the bits of the largest |y|.
+  __device__ WideRow(const AttentionCall &of, double query_gain, uint32_t largest) : call(of), gain(query_gain) {
+    largest = __reduce_max_sync(kAll, largest);
+    finite = largest < 0x7f800000;
+    const bool moves = call.query_type == TQ_TYPE_F16 && finite && largest != 0;
+    exponent = moves ? exponent_of(__uint_as_float(largest)) - 14 : 0;
+  }
+  __device__ float moved(float y) const {
+    y = finite ? times_power_of_two(y, -exponent) : 0.0f;
+    return gain < 0 ? -y : y;
+  }
+  // Channels c and c + 1.
+  __device__ void store(int32_t row, int c, float y, float next) const {
+    float x[2] = {moved(y), moved(next)};
+    const int parts = call.query_parts;
+    uint8_t *to = call.query_operands + (int64_t{row} * parts * call.head_dim_k + c) * 2;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part, to += 2 * call.head_dim_k) {
+      *reinterpret_cast<uint32_t *>(to) = take_pair(call.query_type, x);
+    }
+  }
+  __device__ void store_gain(int32_t row, int lane, float offset) const {
+    if (lane != 0) return;
+    const double unit = exponent >= 0 ? ldexp_of_one(exponent) : 1.0 / ldexp_of_one(-exponent);
+    const float row_gain = finite ? float((gain < 0 ? -gain : gain) * unit) : __int_as_float(0x7fc00000);
+    call.query_rows[row] = {row_gain, offset * (call.scale * kLog2E), 0, 0};
+  }
+
+ private:
+  __device__ static double ldexp_of_one(int n) {  // n below 1000
+    double power = 1, base = 2;
+    for (; n > 0; n /= 2, base *= base) {
+      if (n % 2 != 0) power *= base;
+    }
+    return power;
+  }
+};
+
+// Queries of k_new, whose type is theirs: as they are, but for the sign.
+__device__ void copy_new_row(const AttentionCall &call, int32_t row, int lane, int64_t at) {
+  if (call.new_operands == nullptr) return;
+  const uint16_t *from = static_cast<const uint16_t *>(call.q.data) + at;
+  uint16_t *to = reinterpret_cast<uint16_t *>(call.new_operands) + int64_t{row} * call.head_dim_k;
+  const uint16_t sign = call.scale < 0 ? 0x8000 : 0;
+#pragma unroll 1
+  for (int c = lane; c < call.head_dim_k; c += 32) to[c] = from[c] ^ sign;
 }
 
 // Where a row of queries is.
@@ -354,6 +429,14 @@ __device__ __forceinline__ void prepare_row(const AttentionCall &call, const Sid
   uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffff);
+  if (call.wide_rows > 0) {
+    const WideRow wide(call, gain, largest);
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 2) wide.store(row, first + i, x[i], x[i + 1]);
+    wide.store_gain(row, lane, offset);
+    copy_new_row(call, row, lane, place.at);
+    return;
+  }
   const Quantizer quantizer(largest);
   int32_t sum = 0;
   Neighbours<uint16_t, kPerLane> bytes;
@@ -399,6 +482,15 @@ __device__ void prepare_any_row(const AttentionCall &call, const SideParams &k, 
   uint32_t largest = 0;
 #pragma unroll 1
   for (int c = lane; c < n; c += 32) largest = max(largest, __float_as_uint(s.x[c]) & 0x7fffffff);
+  if (call.wide_rows > 0) {
+    const WideRow wide(call, gain, largest);
+#pragma unroll 1
+    for (int c = 2 * lane; c < n; c += 64) wide.store(row, c, s.x[c], s.x[c + 1]);
+    wide.store_gain(row, lane, offset);
+    copy_new_row(call, row, lane, place.at);
+    __syncwarp();
+    return;
+  }
   const Quantizer quantizer(largest);
   auto *bytes = reinterpret_cast<uint32_t *>(s.other);
   int32_t sum = 0;

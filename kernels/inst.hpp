@@ -12,6 +12,7 @@ int decode_generic(const VectorCall &call, const DeviceLimits &limits, void *str
 int load_copy();
 int load_merge();
 int load_attention_kernels();
+int load_wide_attention();
 int load_attention_prepare();
 int load_attention_finish();
 

@@ -90,8 +90,8 @@ int device_limits(int ordinal, DeviceLimits *limits) {
 }
 
 int load_kernels() {
-  for (const auto load :
-       {load_generic, load_copy, load_merge, load_attention_prepare, load_attention_kernels, load_attention_finish}) {
+  for (const auto load : {load_generic, load_copy, load_merge, load_attention_prepare, load_attention_kernels,
+                          load_wide_attention, load_attention_finish}) {
     if (const int error = load()) return error;
   }
   for (const FastKernels &fast : kFast) {

@@ -17,8 +17,11 @@ if(NOT attention_fixed_shapes)
     128,128,20,20,1 128,128,20,20,2
     64,64,4,4,1 64,64,3,3,1 64,64,20,20,1 256,256,4,4,1 256,256,3,3,1 256,256,20,20,1)
 endif()
-set(attention_shapes ${attention_fixed_shapes}
-  64,64,0,0,2 80,80,0,0,2 96,96,0,0,2 112,112,0,0,2 128,128,0,0,2 192,192,0,0,2 256,256,0,0,2)
+if(NOT attention_any_shapes)
+  set(attention_any_shapes
+    64,64,0,0,2 80,80,0,0,2 96,96,0,0,2 112,112,0,0,2 128,128,0,0,2 192,192,0,0,2 256,256,0,0,2)
+endif()
+set(attention_shapes ${attention_fixed_shapes} ${attention_any_shapes})
 set(lines "")
 foreach(attention_shape IN LISTS attention_shapes)
   string(REPLACE "," "_" name ${attention_shape})
@@ -28,5 +31,15 @@ foreach(attention_shape IN LISTS attention_shapes)
   string(APPEND lines "TQKV_ATTENTION(${attention_shape})\n")
 endforeach()
 file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/inst/attention_shapes.inc CONTENT "${lines}")
-set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/attention.cu PROPERTIES
+# The wide one: the most of head_dim, and whether it is for many rows. The first that takes a call is taken.
+set(lines "")
+foreach(attention_shape IN ITEMS 64,false 64,true 128,false 128,true 256,false 256,true)
+  string(REPLACE "," "_" name ${attention_shape})
+  set(instance ${CMAKE_CURRENT_BINARY_DIR}/inst/attention_wide_${name}.cu)
+  configure_file(${CMAKE_CURRENT_LIST_DIR}/attention_wide_instance.cu.in ${instance} @ONLY)
+  list(APPEND kernel_sources ${instance})
+  string(APPEND lines "TQKV_WIDE(${attention_shape})\n")
+endforeach()
+file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/inst/attention_wide_shapes.inc CONTENT "${lines}")
+set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/attention.cu ${CMAKE_CURRENT_LIST_DIR}/attention_wide.cu PROPERTIES
   INCLUDE_DIRECTORIES ${CMAKE_CURRENT_BINARY_DIR}/inst)

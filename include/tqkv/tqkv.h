@@ -544,11 +544,14 @@ typedef struct tq_attention_args {
  * being given or not. */
 TQKV_API tq_status tq_attention_workspace(const tq_codec *codec, const tq_attention_args *args, size_t *bytes);
 
-/* On CUDA (compute capability 9.0 and later) K and V have 2, 3, 4 or 8 bits each and one head_dim of 64, 80, 96, 112, 128,
- * 192 or 256; pages have bases and strides that are multiples of 16 bytes. Queries and weights are rounded to 16-bit
- * integers: f32 outputs are within 3e-4 of the exact ones, relative to the norm, f16 and bf16 ones within 8e-4 before they
- * are rounded to their type. The launches depend on the args alone: a
- * captured call may be replayed with other lengths, tables and contents, within the bounds. */
+/* On CUDA (compute capability 9.0 and later) head_dims are at most 256, and pages have bases and strides that are multiples of
+ * 16 bytes. Calls of few query rows (max_q_len * q_heads / kv_heads at most 32) over K and V of 2, 3, 4 or 8 bits and one
+ * head_dim of 64, 80, 96, 112, 128, 192 or 256 have kernels of their own; all others take those of prefill. Queries and
+ * weights are rounded to 16 bits, in prefill with f32 or f16 out to more: f32 outputs are within 3e-4 of the exact ones,
+ * relative to the norm, f16 and bf16 ones within 8e-4 before they are rounded to their type (prefill with bf16 out: while logits
+ * spread by up to 3 nats; the error grows with them). Exact pages, and k_new of f32, are taken by scalar code, which is slow
+ * in long chunks. The launches depend on the args alone: a captured call may be replayed with other lengths, tables and
+ * contents, within the bounds. */
 TQKV_API tq_status tq_paged_attention(const tq_codec *codec, const tq_attention_args *args);
 
 typedef struct tq_merge_args {

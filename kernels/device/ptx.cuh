@@ -222,6 +222,44 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kColumns / 2], const uin
 }
 #undef TQKV_WGMMA
 
+// mma.sync.aligned.m16n8k16 of f16 or bf16 with f32 sums, d += A B: as above, but sums may be rounded towards zero in any
+// order.
+template <bool kBf16>
+__device__ __forceinline__ void mma_add_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define TQKV_MMA(type)                                             \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type       \
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (kBf16) {
+    TQKV_MMA("bf16");
+  } else {
+    TQKV_MMA("f16");
+  }
+#undef TQKV_MMA
+}
+
+// ldmatrix.x4: four matrices of 8 rows of 16 bytes (8 elements of 16 bits); lane 8 m + i names row i of matrix m. Lane
+// 4 g + t gets elements 2 t, 2 t + 1 of row g of each; transposed, rows 2 t and 2 t + 1 of column g.
+__device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address));
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address));
+}
+
+// fma.rn.f16x2: a b + c of both halves of the words.
+__device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // bar.sync: waits until `threads` threads, whole warps of them, have come to barrier `id` (1 .. 15; __syncthreads is 0).
 // Orders memory among them.
 __device__ __forceinline__ void group_barrier(int id, int threads) {
@@ -285,6 +323,17 @@ __device__ __forceinline__ void bulk_copy(void *shared, const void *global, uint
 // fence.proxy.async: what the thread has stored to shared memory comes before bulk copies that overwrite it later.
 __device__ __forceinline__ void bulk_copy_fence() {
   TQKV_HOPPER("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// cp.async: the thread copies 16 bytes, or writes zeros. barrier_arrive_copied() arrives when all such copies of the thread
+// so far have been made; they come before what follows a wait for that phase.
+__device__ __forceinline__ void async_copy(void *shared, const void *global, bool zeros) {
+  TQKV_HOPPER("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+              "l"(__cvta_generic_to_global(global)), "r"(zeros ? 0 : 16)
+              : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_copied(uint64_t *barrier) {
+  TQKV_HOPPER("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 #undef TQKV_HOPPER
 

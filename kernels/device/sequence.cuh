@@ -133,6 +133,17 @@ __device__ inline TileRange tile_range(const AttentionCall &call, const Sequence
   return {keys.low / kTileTokens, (keys.high - 1) / kTileTokens + 1};
 }
 
+// The tiles of k_new, counted from its first key on, that a token of the block sees.
+__device__ inline TileRange new_tile_range(const AttentionCall &call, const Sequence &sequence, int32_t token_block) {
+  if (sequence.state != kGood) return {0, 0};
+  const int32_t first = token_block * call.block_tokens;
+  const KeyRange keys =
+      keys_of_tokens(call, sequence, first, min(sequence.q_len - first, call.block_tokens) + first, sequence.length);
+  const int32_t low = max(keys.low, sequence.coded_length);
+  if (low >= keys.high) return {0, 0};
+  return {(low - sequence.coded_length) / kTileTokens, (keys.high - 1 - sequence.coded_length) / kTileTokens + 1};
+}
+
 // The block of the exact pool where key j of the pages is read, or -1: its codes are.
 __device__ inline int32_t exact_block(const AttentionCall &call, const Sequence &sequence, int32_t j) {
   if (sequence.exact_table == nullptr) return -1;

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "codec/cuda_run.hpp"
+#include "codec/half.hpp"
 #include "kernels/attention.hpp"
 
 namespace tqkv {
@@ -35,6 +36,15 @@ cuda::AttentionPool device_pool(const Pool &pool) {
 void set_levels(const Side &side, uint32_t (&table)[2]) {
   for (int i = 0; i < 8 && side.bits != 8; ++i) {
     table[i / 4] |= uint32_t(uint8_t((int(side.levels[i]) - 1) / 2)) << (8 * (i % 4));
+  }
+}
+
+// attention_wide.cuh: HalfTable.
+void set_halves(const Side &side, uint32_t (&table)[4]) {
+  for (int i = 0; i < 8 && side.bits <= 4; ++i) {
+    const uint16_t half = f16_from_f32(side.levels[i]);
+    table[i / 4] |= uint32_t(half & 0xff) << (8 * (i % 4));
+    table[2 + i / 4] |= uint32_t(half >> 8) << (8 * (i % 4));
   }
 }
 
@@ -67,7 +77,7 @@ struct Plan {
   // Dense rotations: cuBLAS's workspace, queries before and after, outputs of three kinds.
   int64_t cublas = 0, queries = 0, rotated = 0, merged = 0, back = 0, raw = 0;
   int64_t states = 0, faults = 0, first_segments = 0, units = 0, segments = 0, items = 0, block_items = 0;
-  int64_t operands = 0, rows = 0, partials = 0;
+  int64_t operands = 0, new_operands = 0, rows = 0, partials = 0;
   int64_t bytes = 0;
 };
 
@@ -81,17 +91,41 @@ tq_status check_pool(const Pool &pool) {
   return TQ_OK;
 }
 
+// What attention.cuh takes of a codec, but for its head_dims.
+bool takes_codes(const Codec &codec) {
+  const auto takes = [](const Side &side) {
+    return side.bits == 2 || side.bits == 3 || side.bits == 4 || side.bits == 8;
+  };
+  return takes(codec.k) && takes(codec.v);
+}
+
+// More query rows of a kv head go to the wide kernels, whatever the codec.
+constexpr int64_t kMostNarrowRows = 32;
+
+// Whether the main kernel reads k_new.
+bool reads_new(const cuda::AttentionCall &call) {
+  return call.wide_rows > 0 && call.k_new.data != nullptr && call.k_new.type != TQ_TYPE_F32;
+}
+
+void make_wide(const AttentionCall &from, cuda::AttentionCall *call) {
+  const Side &k = from.codec->k, &v = from.codec->v;
+  set_halves(k, call->k_halves);
+  set_halves(v, call->v_halves);
+  call->query_type = k.raw() ? from.codec->raw_type : int(TQ_TYPE_F16);
+  // Raw keys of the queries' type are multiplied with the very queries. Else one part is enough beside the rounding of
+  // outputs to bf16, but not for lse; and bf16 has 8 bits only.
+  const bool exact = k.raw() && from.q.type == call->query_type;
+  call->weight_parts = from.out.type == TQ_TYPE_BF16 ? 1 : 2;
+  call->query_parts = exact ? 1 : call->query_type == TQ_TYPE_BF16 || from.lse != nullptr ? 2 : call->weight_parts;
+  call->new_gain = float(std::fabs(double(from.scale)) * kLog2E);
+}
+
 // Fills in what the kernels are given, and refuses what they cannot do. Without a workspace only sizes are right.
 tq_status make_plan(const AttentionCall &from, Plan *result) {
   const Codec &codec = *from.codec;
   if (codec.cuda->limits.compute_capability < 90) {
     return fail(TQ_ERROR_NOT_SUPPORTED, "attention on CUDA takes compute capability 9.0; the codec's device has %d.%d",
                 codec.cuda->limits.compute_capability / 10, codec.cuda->limits.compute_capability % 10);
-  }
-  for (const Side *side : {&codec.k, &codec.v}) {
-    if (side->bits == 2 || side->bits == 3 || side->bits == 4 || side->bits == 8) continue;
-    return fail(TQ_ERROR_NOT_SUPPORTED, "attention on CUDA takes 2, 3, 4 or 8 bits; %s has %d",
-                side->side == TQ_SIDE_K ? "K" : "V", side->bits);
   }
   TQKV_TRY(check_pool(from.pool));
   Plan plan;
@@ -149,14 +183,18 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   set_levels(codec.k, call.k_levels);
   set_levels(codec.v, call.v_levels);
 
+  const int64_t rows_of_head = int64_t{call.max_q_len} * call.group;
   cuda::AttentionLimits limits{};
-  if (!cuda::find_attention(call, int64_t{call.max_q_len} * call.group, &limits)) {
-    return fail(
-        TQ_ERROR_NOT_SUPPORTED,
-        "attention on CUDA takes head_dims 64, 80, 96, 112, 128, 192 and 256, the same for K and V; these are %d "
-        "and %d",
-        codec.k.head_dim, codec.v.head_dim);
+  if (takes_codes(codec) && rows_of_head <= kMostNarrowRows) (void)cuda::find_attention(call, rows_of_head, &limits);
+  if (limits.rows == 0) {
+    call.wide_rows = limits.rows = cuda::find_wide_attention(call, rows_of_head);
+    limits.warps = 2;  // packs of one head
   }
+  if (limits.rows == 0) {
+    return fail(TQ_ERROR_NOT_SUPPORTED, "attention on CUDA takes head_dims up to 256; these are %d and %d",
+                codec.k.head_dim, codec.v.head_dim);
+  }
+  if (call.wide_rows > 0) make_wide(from, &call);
   // Rows of a kv head, in parts of equal size that fit a segment.
   call.head_parts = (call.group + limits.rows - 1) / limits.rows;
   call.block_heads = (call.group + call.head_parts - 1) / call.head_parts;
@@ -164,7 +202,8 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.pack_heads = std::min({8, limits.warps / 2, call.kv_heads});
   while (call.kv_heads % call.pack_heads != 0) --call.pack_heads;
   call.head_packs = call.kv_heads / call.pack_heads;
-  call.splits = from.fixed_split ? int32_t(std::min<int64_t>(from.splits, INT32_MAX)) : 1;
+  call.page_splits = from.fixed_split ? int32_t(std::min<int64_t>(from.splits, INT32_MAX - 1)) : 1;
+  call.splits = call.page_splits + (reads_new(call) ? 1 : 0);
   call.split_tiles = from.fixed_split ? int32_t(from.split_tokens / kTileTokens) : 0;
   call.blocks = std::min(codec.cuda->limits.multiprocessors, cuda::kMaxAttentionBlocks);
   const int64_t token_blocks =
@@ -196,7 +235,10 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   plan.segments = places.add(call.max_segments, sizeof(cuda::AttentionItem));
   plan.items = places.add(call.max_segments + call.blocks, sizeof(cuda::AttentionItem));
   plan.block_items = places.add(call.blocks, sizeof(cuda::BlockItems));
-  plan.operands = places.add(query_rows, 2 * int64_t{call.operand_bytes});
+  plan.operands =
+      places.add(query_rows, call.wide_rows > 0 ? 4 * int64_t{call.head_dim_k}  // whether lse is given or not
+                                                : 2 * int64_t{call.operand_bytes});
+  if (reads_new(call)) plan.new_operands = places.add(query_rows, 2 * int64_t{call.head_dim_k});
   plan.rows = places.add(query_rows, sizeof(cuda::QueryRow));
   plan.partials = places.add(call.max_segments + call.blocks, call.slot_bytes);
   if (is_dense(codec.k) || is_dense(codec.v)) plan.cublas = places.add(1, int64_t(Cublas::kWorkspaceBytes));
@@ -225,6 +267,7 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.items = reinterpret_cast<cuda::AttentionItem *>(base + plan.items);
   call.block_items = reinterpret_cast<cuda::BlockItems *>(base + plan.block_items);
   call.query_operands = base + plan.operands;
+  if (reads_new(call)) call.new_operands = base + plan.new_operands;
   call.query_rows = reinterpret_cast<cuda::QueryRow *>(base + plan.rows);
   call.partials = base + plan.partials;
   *result = plan;
@@ -263,7 +306,9 @@ tq_status cuda_attention(const AttentionCall &from, size_t workspace_bytes, void
   TQKV_TRY(check_cuda(
       cuda::launch_attention_prepare(call, device.params[TQ_SIDE_K], cuda::query_order(call), rotated, stream),
       "the kernel before attention did not start"));
-  TQKV_TRY(check_cuda(cuda::launch_attention(call, stream), "the attention kernel did not start"));
+  TQKV_TRY(
+      check_cuda(call.wide_rows > 0 ? cuda::launch_wide_attention(call, stream) : cuda::launch_attention(call, stream),
+                 "the attention kernel did not start"));
   float *merged = is_dense(codec.v) ? floats(plan.merged) : nullptr;
   float *raw = is_dense(codec.v) ? floats(plan.raw) : nullptr;
   TQKV_TRY(check_cuda(cuda::launch_attention_finish(call, device.params[TQ_SIDE_V], merged, raw, stream),

@@ -89,6 +89,24 @@ TEST_CASE("every pair of widths, plain decoding") {
   }
 }
 
+TEST_CASE("head_dims that no kernel takes are refused by name") {
+  FRESH(random, "attention refusals");
+  for (const Target &target : targets()) {
+    for (const auto &[k, v] : {std::pair{288, 64}, {64, 288}}) {
+      tq_config config = make_config(target, k, 4, 16);
+      config.v.head_dim = v;
+      const auto scenario = plain_scenario(random, target, config, 2, {20}, 2);
+      INFO(target.name << ' ' << scenario->describe());
+      if (attends(target, config)) {
+        check(target, *scenario);
+      } else {
+        CHECK(scenario->run_on(target).status == TQ_ERROR_NOT_SUPPORTED);
+        CHECK(std::strstr(tq_last_error(), "head_dims up to 256") != nullptr);
+      }
+    }
+  }
+}
+
 TEST_CASE("lengths around the edges, and bad ones") {
   FRESH(random, "attention lengths");
   for (const Target &target : targets()) {
@@ -316,6 +334,98 @@ TEST_CASE("prefill: the call's own tokens read raw equal causal attention over t
       s.call.v_new = encode_elements(normals(random, int64_t(chunk) * 2 * 64), TQ_TYPE_F32);
       INFO(target.name << ' ' << s.describe());
       check(target, s);
+    }
+  }
+}
+
+TEST_CASE("many rows: chunks over codes and raw pages") {
+  FRESH(random, "attention chunks");
+  struct Chunk {
+    int bits_k, bits_v, head_dim, q_len;
+    bool with_new;
+  };
+  for (const Target &target : targets()) {
+    for (const Chunk &chunk : {Chunk{4, 4, 128, 130, true},
+                               {16, 16, 128, 40, true},
+                               {3, 2, 64, 300, false},
+                               {8, 1, 80, 70, true},
+                               {1, 16, 112, 40, true},
+                               {16, 3, 192, 40, false},
+                               {2, 8, 256, 37, true}}) {
+      tq_config config = make_config(target, chunk.head_dim, chunk.bits_k, chunk.bits_v);
+      config.block_size_tokens = random.pick({1, 8, 16, 64});
+      config.exact_block_size_tokens = 16;
+      const int32_t past = int32_t(random.integer(1, 200)), length = past + chunk.q_len;
+      const int64_t columns = (length + 15) / config.block_size_tokens + 1;
+      const int group = chunk.q_len > 100 ? 1 : 5;
+      const auto scenario = plain_scenario(random, target, config, group, {length, 9, 77}, columns);
+      Scenario &s = *scenario;
+      tq_attention_args &args = s.call.args;
+      args.flags = random.chance(0.8) ? TQ_ATTENTION_CAUSAL : 0;
+      args.q_type = random.pick({TQ_TYPE_F16, TQ_TYPE_BF16, TQ_TYPE_F32});
+      args.out_type = random.pick({TQ_TYPE_F16, TQ_TYPE_BF16, TQ_TYPE_F32});
+      s.call.cu_seqlens = {0, chunk.q_len, chunk.q_len + 1, chunk.q_len + 4};
+      args.num_tokens = chunk.q_len + 4;
+      if (random.chance(0.5)) args.window_tokens = int32_t(random.integer(1, length));
+      if (random.chance(0.3)) args.soft_cap = 20;
+      if (random.chance(0.3)) args.scale = -0.1f;
+      if (random.chance(0.3)) args.split_tokens = 64;
+      if (random.chance(0.3)) {
+        for (int i = 0; i < args.num_tokens; ++i) s.call.q_positions.push_back(int32_t(random.integer(-2, length)));
+      }
+      s.call.q = encode_elements(normals(random, int64_t{args.num_tokens} * group * chunk.head_dim), args.q_type);
+      if (chunk.with_new) {
+        s.call.k_new = encode_elements(normals(random, int64_t{args.num_tokens} * chunk.head_dim), args.q_type);
+        s.call.v_new = encode_elements(normals(random, int64_t{args.num_tokens} * chunk.head_dim), args.q_type);
+      }
+      if (random.chance(0.4)) {
+        s.exact = make_pool(random, *s.reader, s.info.exact_fingerprint, true, 6, PoolShape::kPacked);
+        fill_pool(random, target, s, &s.exact);
+        s.call.exact_pool = &s.exact;
+        args.exact_columns = length / 16 + 1;
+        for (int64_t i = 0; i < 3 * args.exact_columns; ++i) s.call.exact_table.push_back(int32_t(i % 6));
+        args.exact_first_tokens = int32_t(random.integer(0, 20));
+        args.exact_recent_tokens = int32_t(random.integer(0, 50));
+      }
+      INFO(target.name << ' ' << s.describe());
+      check(target, s);
+      const AttentionRun clean = s.run_on(target);
+      spoil_unseen(random, expected(*s.reader, s.call), &s);
+      CHECK(same_bits(clean, s.run_on(target)));
+    }
+  }
+}
+
+TEST_CASE("a value that is no number changes the rows that see it") {
+  FRESH(random, "attention values");
+  for (const Target &target : targets()) {
+    for (int bits : {4, 16}) {
+      tq_config config = make_config(target, 64, bits, bits);
+      const int32_t past = 21, chunk = 40, bad = 17;
+      const auto scenario = plain_scenario(random, target, config, 2, {past + chunk}, 4);
+      Scenario &s = *scenario;
+      s.call.args.flags = TQ_ATTENTION_CAUSAL;
+      s.call.args.q_type = TQ_TYPE_BF16;
+      s.call.cu_seqlens = {0, chunk};
+      s.call.args.num_tokens = chunk;
+      s.call.q = encode_elements(normals(random, int64_t{chunk} * 2 * 64), TQ_TYPE_BF16);
+      s.call.k_new = encode_elements(normals(random, int64_t{chunk} * 64), TQ_TYPE_BF16);
+      s.call.v_new = encode_elements(normals(random, int64_t{chunk} * 64), TQ_TYPE_BF16);
+      const AttentionRun clean = s.run_on(target);
+      for (int c = 3; c < 64; c += 7) s.call.v_new[size_t(2 * (bad * 64 + c) + 1)] = 0xff;  // with 0x80 and more: NaN
+      for (int c = 3; c < 64; c += 7) s.call.v_new[size_t(2 * (bad * 64 + c))] = 0xff;
+      const AttentionRun got = s.run_on(target);
+      INFO(target.name << ' ' << s.describe());
+      for (int row = 0; row < 2 * chunk; ++row) {
+        for (int c = 0; c < 64; ++c) {
+          const double value = got.out[size_t(row * 64 + c)];
+          if (row / 2 < bad || c % 7 != 3) {
+            REQUIRE(value == clean.out[size_t(row * 64 + c)]);
+          } else {
+            REQUIRE(std::isnan(value));
+          }
+        }
+      }
     }
   }
 }

@@ -119,32 +119,31 @@ std::vector<float> random_orthogonal(Random &random, int n) {
 }
 
 namespace {
-constexpr int kAttentionDims[] = {64, 80, 96, 112, 128, 192, 256};  // on CUDA
-}
+// On CUDA: the most, and what the kernel of few rows takes.
+constexpr int kMostAttentionDim = 256;
+constexpr int kAttentionDims[] = {64, 80, 96, 112, 128, 192, 256};
+}  // namespace
 
 bool attends(const Target &target, const tq_config &config) {
   if (target.device->kind() != TQ_DEVICE_CUDA) return true;
-  for (const tq_side_config *side : {&config.k, &config.v}) {
-    if (side->bits != 2 && side->bits != 3 && side->bits != 4 && side->bits != 8) return false;
-  }
-  const int dim = config.k.head_dim;
-  return (config.v.head_dim == 0 || config.v.head_dim == dim) &&
-         std::find(std::begin(kAttentionDims), std::end(kAttentionDims), dim) != std::end(kAttentionDims);
+  return std::max(config.k.head_dim, config.v.head_dim) <= kMostAttentionDim;
 }
 
 tq_config random_config(Random &random, const Target &target, ConfigStorage *storage, const ConfigLimits &limits) {
   tq_config config = make_config(target, 0, 0, 0);
-  const bool for_kernel = limits.attends && target.device->kind() == TQ_DEVICE_CUDA;
+  const bool on_cuda = limits.attends && target.device->kind() == TQ_DEVICE_CUDA;
+  const bool for_kernel = on_cuda && random.chance(0.6);  // for the kernel of few rows
+  const int max_head_dim = on_cuda ? std::min(limits.max_head_dim, kMostAttentionDim) : limits.max_head_dim;
   // As often as not one of the head sizes that kernels are specialised for, which takes both sides alike.
   int special = random.pick({64, 96, 128, 256});
-  bool both_special = special <= limits.max_head_dim && random.chance(0.5);
+  bool both_special = special <= max_head_dim && random.chance(0.5);
   if (for_kernel) {
     both_special = true;
     do special = kAttentionDims[random.integer(0, std::ssize(kAttentionDims) - 1)];
-    while (special > limits.max_head_dim);
+    while (special > max_head_dim);
   }
   const auto side = [&](tq_side_config *s, std::vector<float> *matrix, std::vector<float> *levels) {
-    s->head_dim = both_special ? special : int32_t(16 * random.integer(1, limits.max_head_dim / 16));
+    s->head_dim = both_special ? special : int32_t(16 * random.integer(1, max_head_dim / 16));
     s->bits = for_kernel ? random.pick({2, 3, 4, 8}) : random.pick({1, 2, 3, 4, 8, 16});
     if (s->bits == 16) return;
     std::vector<int32_t> rotations = {TQ_ROTATION_NONE};

@@ -188,10 +188,10 @@ struct Case {
     call.head_parts = (group + call.block_heads - 1) / call.block_heads;
     call.pack_heads = pack;
     call.head_packs = kv_heads / pack;
-    call.splits = 1;
+    call.splits = call.page_splits = 1;
     if (fixed_split) {
       call.split_tiles = 1 + random.below(3);
-      call.splits = (call.max_length / 16 + call.split_tiles) / call.split_tiles;
+      call.splits = call.page_splits = (call.max_length / 16 + call.split_tiles) / call.split_tiles;
     }
     call.blocks = is_long ? 100 + random.below(413) : 1 + random.below(40);
     read_truths();

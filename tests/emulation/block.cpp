@@ -113,16 +113,17 @@ struct Context {
   void *fiber = nullptr;       // ThreadSanitizer's
 };
 
-struct Thread : Context {
-  uint3 index;
-  void *exchange = nullptr;  // what it brought to the collective it waits at
-  int waits_for = -1;        // index of an mbarrier
-};
-
 struct Copy {
   void *to;
-  const void *from;
+  const void *from;  // null: zeros
   uint32_t bytes;
+};
+
+struct Thread : Context {
+  uint3 index;
+  std::vector<Copy> copies;  // that no barrier counts yet
+  void *exchange = nullptr;  // what it brought to the collective it waits at
+  int waits_for = -1;        // index of an mbarrier
 };
 
 // An mbarrier. The word in shared memory only says which one it is.
@@ -211,6 +212,22 @@ void writes([[maybe_unused]] void *at, [[maybe_unused]] size_t bytes) {
 #endif
 }
 
+// While it lives, what the running thread does is this file's own.
+struct Unwatched {
+#if defined(TQKV_EMULATION_RACES)
+  Unwatched() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unwatched() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Unwatched() {}
+#endif
+};
+
 Warp &warp_of(unsigned thread) {
   return block.warps[thread / kLanes];
 }
@@ -283,7 +300,13 @@ void complete(int index) {
   AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
   AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
 #endif
-  for (const Copy &copy : b.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  for (const Copy &copy : b.copies) {
+    if (copy.from != nullptr) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      std::memset(copy.to, 0, copy.bytes);
+    }
+  }
 #if defined(TQKV_EMULATION_RACES)
   AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
   AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
@@ -315,6 +338,9 @@ bool complete_any() {
 
 // A block ends.
 void check_copies() {
+  for (unsigned t = 0; t < block.threads; ++t) {
+    if (!block.thread[t].copies.empty()) stop("returns, but no barrier counts copies of thread %u", t);
+  }
   for (int i = 0; i < block.num_mbarriers; ++i) {
     const Barrier &b = block.mbarriers[i];
     if (!b.copies.empty()) stop("returns, but nobody has waited for %u bytes copied to barrier %d", b.issued, i);
@@ -615,6 +641,36 @@ void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *word)
   std::memset(shared, 0xff, bytes);
   b.copies.push_back({shared, global, bytes});
   happens_before(b.order[b.phase % 2]);
+}
+
+void async_copy(void *shared, const void *global, bool zeros) {
+  constexpr uint32_t kBytes = 16;
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % kBytes != 0) {
+    stop("async_copy: from %p to %p are not aligned", global, shared);
+  }
+  check_shared("async_copy", shared, kBytes);
+  if (!zeros) reads(global, kBytes);
+  writes(shared, kBytes);
+  std::memset(shared, 0xff, kBytes);
+  const Unwatched unwatched;
+  block.thread[block.running].copies.push_back({shared, zeros ? nullptr : global, kBytes});
+}
+
+void barrier_arrive_copied(uint64_t *word) {
+  Barrier &b = barrier_at("barrier_arrive_copied", word);
+  if (b.pending == 0) {
+    stop("barrier_arrive_copied: barrier %d, for which all %u threads have arrived", index_of(b), b.count);
+  }
+  {
+    const Unwatched unwatched;
+    std::vector<Copy> &copies = block.thread[block.running].copies;
+    b.copies.insert(b.copies.end(), copies.begin(), copies.end());
+    copies.clear();
+  }
+  happens_before(b.order[b.phase % 2]);
+  --b.pending;
+  check_issued("barrier_arrive_copied", b);
+  if (b.pending == 0 && b.expected == 0) complete(index_of(b));
 }
 
 void rendezvous(const char *name, unsigned mask, void *exchange, size_t bytes, Finish finish, bool orders_memory) {

@@ -108,6 +108,9 @@ inline float __int2float_rn(int x) {
 inline int __float2int_rn(float x) {
   return isnan(x) ? 0 : x >= 0x1p31f ? INT32_MAX : x < -0x1p31f ? INT32_MIN : int(nearbyintf(x));
 }
+inline int __float2int_ru(float x) {
+  return __float2int_rn(ceilf(x));
+}
 inline float __fmaf_rn(float a, float b, float c) {
   return fmaf(a, b, c);
 }

@@ -233,6 +233,85 @@ void wgmma_m64k16(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) 
   });
 }
 
+inline double f64_from_bf16(uint32_t bits) {
+  return double(std::bit_cast<float>(bits << 16));
+}
+
+// mma.sync.aligned.m16n8k16 of f16 or bf16, d += A B: sums in double precision, rounded once.
+template <bool kBf16>
+void mma_add_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+    float *d;
+  } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, d};
+  ::emulation::collective("mma_add.m16n8k16", 0xffffffff, mine, [](const ::emulation::Exchanges<Fragments> &all) {
+    double left[16][16], right[16][8];
+    const auto half = [](uint32_t word, unsigned k) {
+      const uint32_t bits = word >> (16 * (k % 2)) & 0xffff;
+      if (kBf16) return f64_from_bf16(bits);
+      return (bits & 0x7c00) == 0x7c00 ? ((bits & 1023) != 0     ? double(NAN)
+                                          : (bits & 0x8000) != 0 ? -HUGE_VAL
+                                                                 : HUGE_VAL)
+                                       : f64_from_f16(bits);
+    };
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned t = k % 8 / 2;
+      for (unsigned row = 0; row < 16; ++row) left[row][k] = half(all[4 * (row % 8) + t].a[row / 8 + 2 * (k / 8)], k);
+      for (unsigned column = 0; column < 8; ++column) right[k][column] = half(all[4 * column + t].b[k / 8], k);
+    }
+    all.for_each([&](unsigned lane, Fragments &f) {
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        double sum = double(f.d[i]);
+        for (unsigned k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+        f.d[i] = float(sum);
+      }
+    });
+  });
+}
+
+// ldmatrix.x4: lane 8 m + i names row i, of 16 bytes, of matrix m.
+template <bool kTransposed>
+void load_matrices_of(uint32_t (&d)[4], uint32_t address) {
+  struct Lane {
+    const uint16_t *row;
+    uint32_t *d;
+  } mine{reinterpret_cast<const uint16_t *>(shared_window() + address), d};
+  if (address % 16 != 0) ::emulation::stop("ldmatrix: %#x is not aligned", address);
+  ::emulation::collective(
+      kTransposed ? "ldmatrix.trans" : "ldmatrix", 0xffffffff, mine, [](const ::emulation::Exchanges<Lane> &all) {
+        all.for_each([&](unsigned lane, Lane &to) {
+          const unsigned g = lane / 4, t = lane % 4;
+          for (unsigned m = 0; m < 4; ++m) {
+            uint32_t word = 0;
+            for (unsigned i = 0; i < 2; ++i) {
+              const unsigned row = kTransposed ? 2 * t + i : g, column = kTransposed ? g : 2 * t + i;
+              word |= uint32_t{all[8 * m + row].row[column]} << (16 * i);
+            }
+            to.d[m] = word;
+          }
+        });
+      });
+}
+inline void load_matrices(uint32_t (&d)[4], uint32_t address) {
+  load_matrices_of<false>(d, address);
+}
+inline void load_matrices_transposed(uint32_t (&d)[4], uint32_t address) {
+  load_matrices_of<true>(d, address);
+}
+
+// fma.rn.f16x2 where the sums are exact in double.
+inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  float sum[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto half = [&](uint32_t word) { return f64_from_f16(word >> (16 * i) & 0xffff); };
+    const double exact = half(a) * half(b) + half(c);
+    sum[i] = float(exact);
+    if (double(sum[i]) != exact) ::emulation::stop("fma.f16x2: %a would be rounded twice", exact);
+  }
+  return pack_f16(sum[0], sum[1]);
+}
+
 // bar.sync, mbarrier, cp.async.bulk: block.hpp
 inline void group_barrier(int id, int threads) {
   ::emulation::group_barrier(id, threads);
@@ -254,6 +333,14 @@ inline void barrier_wait(uint64_t *barrier, uint32_t parity) {
 }
 inline void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *barrier) {
   ::emulation::bulk_copy(shared, global, bytes, barrier);
+}
+
+// cp.async
+inline void async_copy(void *shared, const void *global, bool zeros) {
+  ::emulation::async_copy(shared, global, zeros);
+}
+inline void barrier_arrive_copied(uint64_t *barrier) {
+  ::emulation::barrier_arrive_copied(barrier);
 }
 
 // griddepcontrol: one kernel runs after the other.

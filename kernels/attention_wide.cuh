@@ -1,0 +1,1080 @@
+// SPDX-License-Identifier: Apache-2.0
+// The other main kernel of paged attention, on 16-bit tensor cores: for many query rows of a kv head (prefill), and for
+// what attention.cuh does not take (raw pages, 1 bit, sides of different kinds). attention.hpp says what both are given
+// and what they leave.
+//
+// BLOCK. Four warps make, the others consume stages of keys in shared memory, a row of 16-bit channels a key. Codes become
+// their levels, odd integers below 256, which f16 holds exactly; raw rows are copied as they are. So a block expands every
+// code once for all its rows, and there is no dense copy of the history outside of its few stages. Stages go round; whoever
+// makes them is ahead of those who read them, across items, too.
+//
+// ROWS. With kMany every consumer has 16 rows of its own and all keys of a stage; else all have the same 16 rows and a part
+// of the keys each, and what they have is added up at the end of an item.
+//
+// NEW KEYS. Segments of k_new are read the same way. Queries of coded keys are rotated, those of raw ones are not, and so
+// with values: what is read of pages and of k_new goes to different segments, and "finish" brings them together.
+//
+// ARITHMETIC. Queries are 16-bit floats, in one part where that is exact or the output is bf16, else in two, high and low:
+// 22 bits of f16 or 16 of bf16. A score is an f32 sum, x = gain * key scale * sum. Weights w = 2^(x - reference) * v scale
+// go to 16 bits: f16 has 11, so that outputs are off by up to 2^-12 where all weight is on one key, and by 2e-4 where it is
+// spread; that is little beside bf16's own 2^-9, and other outputs take the low part, too. bf16 weights (raw bf16 values)
+// always have both. The reference makes the largest weight 2^12 when it is chosen and follows when one passes 2^15.5, so
+// weights keep all bits down to 2^-14, 2^-26 of the largest: a flat tail of 2^17 keys beside a key that has most of the
+// weight is above that. A reference belongs to a row and looks at the scales of keys that it sees, nothing else.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/attention.hpp"
+#include "kernels/device/launch.cuh"
+#include "kernels/device/operands.cuh"
+#include "kernels/device/sequence.cuh"
+#include "kernels/device/vector.cuh"
+
+namespace tqkv::cuda {
+
+inline constexpr int kWideSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
+inline constexpr int kMakers = 4, kMakerThreads = 32 * kMakers;
+inline constexpr int kMostWideStages = 8;
+inline constexpr int kConsumerBarrier = 1, kMakerBarrier = 2;  // group_barrier()
+
+template <int kDimension, bool kManyRows>
+struct WideShape {
+  static constexpr int kDim = kDimension;  // at least the head_dims
+  static constexpr bool kMany = kManyRows;
+  static constexpr int kConsumers = kDim > 128 ? 4 : 8, kThreads = 32 * (kConsumers + kMakers);
+  static constexpr int kRowWarps = kMany ? kConsumers : 1, kKeyWarps = kMany ? 1 : kConsumers;
+  static constexpr int kRows = 16 * kRowWarps;
+  static constexpr int kKeys = kMany ? 64 : 16, kStageKeys = kKeys * kKeyWarps;  // of a warp, of a stage
+  static constexpr int kRowBytes = 2 * kDim, kSideBytes = kStageKeys * kRowBytes;
+  static_assert(kStageKeys <= kMakerThreads && kStageKeys % 32 == 0);
+  // Two parts of queries, or sums that warps have in common.
+  static constexpr int kQueryBytes = 2 * kRows * kRowBytes;
+};
+
+// What of a stage is not rows.
+template <class Shape>
+struct alignas(16) StageKeys {
+  float k_scale[Shape::kStageKeys], v_scale[Shape::kStageKeys];  // 0 where hidden
+  // Of 16 keys each: bits of those that are read here and that some row sees; a power of two above their v scales.
+  uint32_t shown[Shape::kStageKeys / 16];
+  float exponent[Shape::kStageKeys / 16];
+};
+
+// Where a stage comes from.
+template <class Shape>
+struct Places : StageKeys<Shape> {
+  const uint8_t *k[Shape::kStageKeys],
+      *v[Shape::kStageKeys];       // of a raw side the row, else the tile's codes; null: none
+  uint8_t row[Shape::kStageKeys];  // in the tile
+  int32_t is_new;
+};
+
+template <class Shape>
+struct WideShared {
+  uint64_t full[kMostWideStages], empty[kMostWideStages];
+  StageKeys<Shape> keys[kMostWideStages];
+  Places<Shape> places[2];
+  float references[Shape::kKeyWarps][16], sums[16];
+};
+
+struct WideMemory {
+  int32_t stages, stages_at, shared_at;  // queries come first; bytes from the start
+};
+
+// An item, and the keys that are read for it: numbered from coded_length on where they are new.
+struct WideItem {
+  AttentionItem item;
+  Sequence sequence;
+  int32_t is_new, low, high;  // keys [low, high), by some row
+
+  __device__ int steps(int stage_keys) const {
+    return ((item.end_tile - item.first_tile) * kTileTokens + stage_keys - 1) / stage_keys;
+  }
+};
+
+// What slot `slot` of block `block` has; false where it has no tiles.
+__device__ inline bool read_item(const AttentionCall &call, int32_t slot, int32_t block, WideItem &wide) {
+  wide.item = call.items[slot];
+  if (wide.item.first_tile >= wide.item.end_tile) return false;
+  wide.sequence = read_sequence(call, wide.item.sequence, 0);
+  const uint32_t segment = uint32_t(slot - block - int32_t(call.sequence_segments[wide.item.sequence]));
+  wide.is_new = segment % uint32_t(call.splits) >= uint32_t(call.page_splits);
+  const Sequence &sequence = wide.sequence;
+  const int first = wide.item.token_block * call.block_tokens, end = min(sequence.q_len, first + call.block_tokens);
+  const KeyRange seen =
+      keys_of_tokens(call, sequence, first, end, wide.is_new ? sequence.length : sequence.coded_length);
+  const int base = wide.is_new ? sequence.coded_length : 0;
+  wide.low = max(seen.low - base, wide.item.first_tile * kTileTokens);
+  wide.high = min(seen.high - base, wide.item.end_tile * kTileTokens);
+  return true;
+}
+
+// ---- making stages
+
+// Whether some row sees key j, which is in their common range.
+__device__ inline bool is_seen(const AttentionCall &call, const WideItem &wide, int j) {
+  if (call.q_positions == nullptr || call.window == 0) return true;  // ranges without gaps between them
+  const int first = wide.item.token_block * call.block_tokens;
+#pragma unroll 1
+  for (int token = first; token < min(wide.sequence.q_len, first + call.block_tokens); ++token) {
+    const KeyRange keys = visible_keys(call, wide.sequence, position(call, wide.sequence, token));
+    if (j >= keys.low && j < keys.high) return true;
+  }
+  return false;
+}
+
+__device__ inline const uint8_t *new_row(const Rows &rows, int64_t token, int head) {
+  return static_cast<const uint8_t *>(rows.data) + 2 * (token * rows.token_stride + head * rows.head_stride);
+}
+
+// The block of a key of the next step, read a step before.
+struct NextBlock {
+  int32_t key = -1, id = 0;  // -1: none
+};
+
+// The places of the stage's keys, from `first` on; a thread a key.
+template <class Shape>
+__device__ __forceinline__ void find_places(const AttentionCall &call, const WideItem &wide, int first, NextBlock &next,
+                                            Places<Shape> &places) {
+  const int thread = int(threadIdx.x) % kMakerThreads;
+  if (thread >= Shape::kStageKeys) return;
+  const Sequence &sequence = wide.sequence;
+  const AttentionPool &pool = call.pool;
+  const int key = first + thread, kv_head = wide.item.head_pack;
+  const uint8_t *k = nullptr, *v = nullptr;
+  int row = key % kTileTokens;
+  float k_scale = 0, v_scale = 0;
+  const bool seen =
+      key >= wide.low && key < wide.high && is_seen(call, wide, wide.is_new ? sequence.coded_length + key : key);
+  if (seen && wide.is_new) {
+    k = new_row(call.k_new, int64_t{sequence.begin} + key, kv_head);
+    v = new_row(call.v_new, int64_t{sequence.begin} + key, kv_head);
+    k_scale = v_scale = 1;
+  } else if (seen && !is_exact(call, sequence, key)) {
+    const uint32_t block = uint32_t(key) / uint32_t(pool.block_size),
+                   in_block = uint32_t(key) % uint32_t(pool.block_size);
+    const int32_t id = next.key == key ? next.id : sequence.table[block];
+    if (id < 0 || id >= pool.num_blocks) {
+      atomicMax(&call.sequence_faults[wide.item.sequence], 1);
+    } else {
+      const uint8_t *tile = pool.base + kv_head * pool.head_stride;
+      if (pool.block_size < kTileTokens) {
+        const int64_t slot = int64_t{id} * pool.block_size + in_block;
+        tile += slot / kTileTokens * pool.block_stride;
+        row = int(slot % kTileTokens);
+      } else {
+        tile += id * pool.block_stride + in_block / kTileTokens * pool.tile_stride;
+      }
+      k = tile, v = tile + pool.v_codes;
+      k_scale = v_scale = 1;
+      if (call.k_bits == kRawBits) {
+        k += row * call.head_dim_k * 2;
+      } else {
+        k_scale =
+            load_scale(call.k_scale_type, tile + pool.k_scales + row * (call.k_scale_type == TQ_TYPE_F32 ? 4 : 2));
+      }
+      if (call.v_bits == kRawBits) {
+        v += row * call.head_dim_v * 2;
+      } else {
+        v_scale =
+            load_scale(call.v_scale_type, tile + pool.v_scales + row * (call.v_scale_type == TQ_TYPE_F32 ? 4 : 2));
+      }
+    }
+  }
+  next.key = -1;
+  if (!wide.is_new && sequence.exact_table == nullptr && call.q_positions == nullptr &&
+      key + Shape::kStageKeys < wide.high && key + Shape::kStageKeys >= wide.low) {  // it is needed
+    next.key = key + Shape::kStageKeys;
+    next.id = sequence.table[uint32_t(next.key) / uint32_t(pool.block_size)];
+  }
+  places.k[thread] = k, places.v[thread] = v;
+  places.row[thread] = uint8_t(row);
+  places.k_scale[thread] = k_scale, places.v_scale[thread] = v_scale;
+  if (thread == 0) places.is_new = wide.is_new;
+  const unsigned shown = __ballot_sync(kAll, k != nullptr);
+  float most = v_scale;
+#pragma unroll
+  for (int lane = 1; lane < 16; lane *= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, lane));
+  if (thread % 16 == 0) {
+    places.shown[thread / 16] = shown >> (thread % 32) & 0xffff;
+    places.exponent[thread / 16] = float((__float_as_uint(most) >> 23 & 0xff)) - 126.0f;
+  }
+}
+
+// A key's row in a stage: chunks of 16 bytes are exchanged so that ldmatrix and what writes here meet no bank twice.
+template <class Shape>
+__device__ __forceinline__ uint8_t *chunk_at(uint8_t *side, int key, int chunk) {
+  return side + key * Shape::kRowBytes + ((chunk ^ (key & 7)) << 4);
+}
+
+// Levels as f16 by their index (at 4 bits by magnitude): bytes 0 .. 7 of the low and of the high halves.
+struct HalfTable {
+  uint32_t low[2], high[2];
+};
+
+// Eight f16 numbers of indices in nibbles; `signs` has the signs of channels 0 .. 3 at 7 of each byte, of 4 .. 7 at 3.
+__device__ __forceinline__ uint4 levels_of(const HalfTable &table, uint32_t nibbles, uint32_t signs) {
+  const uint32_t second = nibbles >> 16;
+  const uint32_t low0 = permute(table.low[0], table.low[1], nibbles),
+                 low1 = permute(table.low[0], table.low[1], second);
+  const uint32_t high0 = permute(table.high[0], table.high[1], nibbles) | (signs & 0x80808080);
+  const uint32_t high1 = permute(table.high[0], table.high[1], second) | (signs << 4 & 0x80808080);
+  return make_uint4(permute(low0, high0, 0x5140), permute(low0, high0, 0x7362), permute(low1, high1, 0x5140),
+                    permute(low1, high1, 0x7362));
+}
+
+// Eight f16 numbers 2 b + 1 of signed bytes b: 1024 + (b + 128) is one whose last byte is b + 128.
+__device__ __forceinline__ uint4 levels_of_bytes(uint32_t first, uint32_t second) {
+  const auto pair = [](uint32_t bytes, uint32_t selector) {
+    constexpr uint32_t kOne = 0x3c003c00, kTwo = 0x40004000, kLess = 0xe480e480;  // 1, 2, -1152
+    return fma_f16x2(fma_f16x2(permute(bytes ^ 0x80808080, 0x64646464, selector), kOne, kLess), kTwo, kOne);
+  };
+  return make_uint4(pair(first, 0x4140), pair(first, 0x4342), pair(second, 0x4140), pair(second, 0x4342));
+}
+
+// Nibbles with the 1-bit plane's bits of octet o, of the word or half word that has it.
+__device__ __forceinline__ uint32_t ones_of(uint32_t word, int octet, bool half) {
+  if (!half) return word >> ones_bit(octet) & 0x11111111;
+  const uint32_t field = word >> (2 * (octet & 1));
+  return (field & 0x1111) | (field & 0x2222) << 15;
+}
+
+// The codes of an octet, in `word` and `ones` as the planes have them.
+__device__ __forceinline__ uint4 expand_octet(const HalfTable &table, int bits, uint32_t word, uint32_t second,
+                                              uint32_t ones, int octet, bool half) {
+  if (bits == 8) return levels_of_bytes(word, second);
+  if (bits == 4) return levels_of(table, word & 0x77777777, word);
+  uint32_t nibbles = 0;
+  if (bits != 1) nibbles = word >> (2 * (octet & 1)) & 0x33333333;
+  if (bits == 3) nibbles |= ones_of(ones, octet, half) << 2;
+  if (bits == 1) nibbles = ones_of(ones, octet, half);
+  return levels_of(table, nibbles, 0);
+}
+
+// Codes of K: a piece is 16 channels of a key.
+template <class Shape>
+struct KeyCodes {
+  static constexpr int kUnits = Shape::kDim / 16;
+  static constexpr int kPieces = Shape::kStageKeys * kUnits / kMakerThreads;  // of a thread
+  uint32_t word[kPieces][4], ones[kPieces];
+
+  __device__ static int key_of(int i) {  // neighbours have different keys, whose chunks are in different banks
+    const int x = i * kMakerThreads + int(threadIdx.x) % kMakerThreads;
+    return x / (8 * kUnits) * 8 + x % 8;
+  }
+  __device__ static int unit_of(int i) { return (i * kMakerThreads + int(threadIdx.x) % kMakerThreads) / 8 % kUnits; }
+
+  __device__ __forceinline__ void load(const AttentionCall &call, const Places<Shape> &places) {
+    const int bits = call.k_bits, dim = call.head_dim_k;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int key = key_of(i), unit = unit_of(i);
+      const uint8_t *codes = places.k[key];
+      word[i][0] = word[i][1] = word[i][2] = word[i][3] = ones[i] = 0;
+      if (codes == nullptr || 16 * unit >= dim) continue;
+      const int row = places.row[key];
+      if (bits == 4) {
+        const uint2 v = *reinterpret_cast<const uint2 *>(codes + row * dim / 2 + 8 * unit);
+        word[i][0] = v.x, word[i][1] = v.y;
+      } else if (bits == 8) {
+        const uint4 v = *reinterpret_cast<const uint4 *>(codes + row * dim + 16 * unit);
+        word[i][0] = v.x, word[i][1] = v.y, word[i][2] = v.z, word[i][3] = v.w;
+      } else {
+        if (bits != 1) word[i][0] = *reinterpret_cast<const uint32_t *>(codes + row * dim / 4 + 4 * unit);
+        if (bits != 2) {
+          const uint8_t *plane = codes + (bits == 3 ? kTileTokens * dim / 4 : 0) + row * dim / 8 + (unit >> 1) * 4;
+          ones[i] = *reinterpret_cast<const uint16_t *>(plane);
+          if (16 * unit < (dim & ~31)) ones[i] |= uint32_t{*reinterpret_cast<const uint16_t *>(plane + 2)} << 16;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void expand(const AttentionCall &call, uint8_t *side) const {
+    const HalfTable table{{call.k_halves[0], call.k_halves[1]}, {call.k_halves[2], call.k_halves[3]}};
+    const int bits = call.k_bits, dim = call.head_dim_k;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int key = key_of(i), unit = unit_of(i);
+      if (16 * unit >= dim) continue;
+      const bool half = 16 * unit >= (dim & ~31);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t first = bits == 8 ? word[i][2 * h] : bits == 4 ? word[i][h] : word[i][0];
+        *reinterpret_cast<uint4 *>(chunk_at<Shape>(side, key, 2 * unit + h)) =
+            expand_octet(table, bits, first, word[i][2 * h + 1], ones[i], 2 * unit + h, half);
+      }
+    }
+  }
+};
+
+// Bytes of four tokens, one word a byte, become words of the tokens.
+__device__ __forceinline__ uint4 tokens_of(uint4 bytes) {
+  const uint32_t a = permute(bytes.x, bytes.y, 0x5140), b = permute(bytes.x, bytes.y, 0x7362);
+  const uint32_t c = permute(bytes.z, bytes.w, 0x5140), d = permute(bytes.z, bytes.w, 0x7362);
+  return make_uint4(permute(a, c, 0x5410), permute(a, c, 0x7632), permute(b, d, 0x5410), permute(b, d, 0x7632));
+}
+
+__device__ __forceinline__ uint32_t word_of(uint4 words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
+// Codes of V: a piece is 8 channels of four keys.
+template <class Shape>
+struct ValueCodes {
+  static constexpr int kOctets = Shape::kDim / 8;
+  static constexpr int kPieces = Shape::kStageKeys / 4 * kOctets / kMakerThreads;
+  uint4 first[kPieces], second[kPieces];  // words of planes; bytes of a word are tokens
+
+  __device__ static int octet_of(int i) { return (i * kMakerThreads + int(threadIdx.x) % kMakerThreads) % kOctets; }
+  __device__ static int key_of(int i) { return (i * kMakerThreads + int(threadIdx.x) % kMakerThreads) / kOctets * 4; }
+
+  // Bytes 4 `word` .. of four keys, of a plane of `bytes` bytes at `plane` from the tile's codes on.
+  __device__ __forceinline__ static uint4 load_word(const AttentionCall &call, const Places<Shape> &places, int key,
+                                                    int plane, int bytes, int word) {
+    const int word_bytes = bytes - 4 * word < 4 ? 2 : 4;
+    if (call.pool.block_size >= 4) {  // they are neighbours
+      const uint8_t *codes = nullptr;
+#pragma unroll
+      for (int i = 3; i >= 0; --i) codes = places.v[key + i] != nullptr ? places.v[key + i] : codes;
+      if (codes == nullptr) return make_uint4(0, 0, 0, 0);
+      // Rows of keys that are not read follow the others', too, but their places are not known.
+      int row = 0;
+#pragma unroll
+      for (int i = 3; i >= 0; --i) row = places.v[key + i] != nullptr ? places.row[key + i] : row;
+      const uint8_t *at = codes + plane + 64 * word + 4 * word_bytes * (row >> 2);
+      if (word_bytes == 4) return *reinterpret_cast<const uint4 *>(at);
+      const uint2 half = *reinterpret_cast<const uint2 *>(at);
+      return make_uint4(half.x, half.y, 0, 0);
+    }
+    uint32_t result[4] = {0, 0, 0, 0};
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t *codes = places.v[key + i];
+      if (codes == nullptr) continue;
+      const uint8_t *at = codes + plane + v_plane_offset(bytes, 4 * word, places.row[key + i]);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (e < word_bytes) result[e] |= uint32_t{at[4 * e]} << (8 * i);
+      }
+    }
+    return make_uint4(result[0], result[1], result[2], result[3]);
+  }
+
+  __device__ __forceinline__ void load(const AttentionCall &call, const Places<Shape> &places) {
+    const int bits = call.v_bits, dim = call.head_dim_v;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int key = key_of(i), octet = octet_of(i);
+      first[i] = second[i] = make_uint4(0, 0, 0, 0);
+      if (8 * octet >= dim) continue;
+      if (bits == 4) {
+        first[i] = load_word(call, places, key, 0, dim / 2, octet);
+      } else if (bits == 8) {
+        first[i] = load_word(call, places, key, 0, dim, 2 * octet);
+        second[i] = load_word(call, places, key, 0, dim, 2 * octet + 1);
+      } else {
+        if (bits != 1) first[i] = load_word(call, places, key, 0, dim / 4, octet >> 1);
+        if (bits != 2) {
+          second[i] = load_word(call, places, key, bits == 3 ? kTileTokens * dim / 4 : 0, dim / 8, octet >> 2);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void expand(const AttentionCall &call, uint8_t *side) const {
+    const HalfTable table{{call.v_halves[0], call.v_halves[1]}, {call.v_halves[2], call.v_halves[3]}};
+    const int bits = call.v_bits, dim = call.head_dim_v;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int key = key_of(i), octet = octet_of(i);
+      if (8 * octet >= dim) continue;
+      const bool half = 8 * octet >= (dim & ~31);
+      const uint4 words = tokens_of(first[i]);
+      uint4 others = make_uint4(0, 0, 0, 0);
+      if (bits == 8 || bits == 3 || bits == 1) others = tokens_of(second[i]);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) {
+        *reinterpret_cast<uint4 *>(chunk_at<Shape>(side, key + t, octet)) =
+            expand_octet(table, bits, word_of(words, t), word_of(others, t), word_of(others, t), octet, half);
+      }
+    }
+  }
+};
+
+// Rows of 16-bit numbers. Keys without a place become zeros.
+template <class Shape>
+__device__ __forceinline__ void copy_rows(const uint8_t *const (&places)[Shape::kStageKeys], int dim, bool aligned,
+                                          uint8_t *side) {
+  constexpr int kChunks = Shape::kDim / 8;
+#pragma unroll 4
+  for (int i = 0; i < Shape::kStageKeys * kChunks / kMakerThreads; ++i) {
+    const int x = i * kMakerThreads + int(threadIdx.x) % kMakerThreads, key = x / kChunks, chunk = x % kChunks;
+    if (8 * chunk >= dim) continue;
+    const uint8_t *from = places[key];
+    uint8_t *to = chunk_at<Shape>(side, key, chunk);
+    if (aligned) {
+      async_copy(to, from != nullptr ? from + 16 * chunk : to, from == nullptr);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 8; ++e) {
+        reinterpret_cast<uint16_t *>(to)[e] =
+            from != nullptr ? reinterpret_cast<const uint16_t *>(from)[8 * chunk + e] : uint16_t(0);
+      }
+    }
+  }
+}
+
+// The steps of a block's items, one after the other.
+struct Steps {
+  BlockItems block;
+  int32_t next = 0;  // slot after the item's
+  int step = 0, count = 0;
+  WideItem wide;
+  NextBlock next_block;
+
+  template <class Shape>
+  __device__ bool advance(const AttentionCall &call) {
+    ++step;
+    while (step >= count) {
+      if (next >= block.first + block.count) return false;
+      next_block.key = -1;
+      if (read_item(call, next++, int32_t(blockIdx.x), wide)) step = 0, count = wide.steps(Shape::kStageKeys);
+    }
+    return true;
+  }
+  template <class Shape>
+  __device__ int first_key() const {
+    return wide.item.first_tile * kTileTokens + step * Shape::kStageKeys;
+  }
+};
+
+template <class Shape>
+__device__ __forceinline__ void make_stages(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
+                                            WideShared<Shape> &shared) {
+  const int thread = int(threadIdx.x) % kMakerThreads;
+  Steps steps;
+  steps.block = call.block_items[blockIdx.x];
+  steps.next = steps.block.first;
+  int stage = 0, buffer = 0;
+  uint32_t parity = 0;
+  bool more = steps.advance<Shape>(call);
+  if (more) find_places<Shape>(call, steps.wide, steps.first_key<Shape>(), steps.next_block, shared.places[0]);
+  group_barrier(kMakerBarrier, kMakerThreads);
+#pragma unroll 1
+  while (more) {
+    const Places<Shape> &places = shared.places[buffer];
+    const bool is_new = places.is_new != 0, raw_k = is_new || call.k_bits == kRawBits,
+               raw_v = is_new || call.v_bits == kRawBits;
+    KeyCodes<Shape> keys;
+    ValueCodes<Shape> values;
+    if (!raw_k) keys.load(call, places);
+    if (!raw_v) values.load(call, places);
+    more = steps.advance<Shape>(call);
+    if (more) {
+      find_places<Shape>(call, steps.wide, steps.first_key<Shape>(), steps.next_block, shared.places[buffer ^ 1]);
+    }
+    barrier_wait(&shared.empty[stage], parity ^ 1);
+    uint8_t *k_side = stages + stage * 2 * Shape::kSideBytes, *v_side = k_side + Shape::kSideBytes;
+    if (raw_k) copy_rows<Shape>(places.k, call.head_dim_k, !is_new || call.k_new.aligned != 0, k_side);
+    if (raw_v) copy_rows<Shape>(places.v, call.head_dim_v, !is_new || call.v_new.aligned != 0, v_side);
+    StageKeys<Shape> &described = shared.keys[stage];
+    if (thread < Shape::kStageKeys) {
+      described.k_scale[thread] = places.k_scale[thread];
+      described.v_scale[thread] = places.v_scale[thread];
+      if (thread < Shape::kStageKeys / 16) {
+        described.shown[thread] = places.shown[thread];
+        described.exponent[thread] = places.exponent[thread];
+      }
+    }
+    if (!raw_k) keys.expand(call, k_side);
+    if (!raw_v) values.expand(call, v_side);
+    barrier_arrive(&shared.full[stage]);
+    barrier_arrive_copied(&shared.full[stage]);
+    group_barrier(kMakerBarrier, kMakerThreads);  // the places are read, and those of the next step are there
+    buffer ^= 1;
+    if (++stage == memory.stages) stage = 0, parity ^= 1;
+  }
+}
+
+// ---- consuming them
+
+// The 16 rows of a warp. Lane 4 g + q has rows g and g + 8, of each stage keys 8 n + 2 q and the next.
+template <class Shape>
+class WideRows {
+ public:
+  static constexpr int kKeyTiles = Shape::kKeys / 8, kValueTiles = Shape::kDim / 8;
+
+  // `queries`: of the warp, in shared memory.
+  __device__ WideRows(const AttentionCall &call, uint8_t *queries)
+      : call_(call), queries_(queries), lane_(lane_index()), g_(lane_ / 4), q_(lane_ % 4) {}
+
+  // `first_row`: of the warp's in the segment.
+  __device__ void begin(const WideItem &wide, int first_row) {
+    is_new_ = wide.is_new != 0;
+    k_bf16_ = (is_new_ ? call_.q.type : call_.query_type) == TQ_TYPE_BF16;
+    v_raw_ = is_new_ || call_.v_bits == kRawBits;
+    v_bf16_ = v_raw_ && (is_new_ ? call_.v_new.type : call_.raw_type) == TQ_TYPE_BF16;
+    query_parts_ = is_new_ ? 1 : call_.query_parts;
+    adjusted_ = call_.soft_cap > 0 || call_.alibi_slopes != nullptr;
+    const Sequence &sequence = wide.sequence;
+    const int base = is_new_ ? sequence.coded_length : 0;
+    int plain_low = INT32_MIN, plain_high = INT32_MAX, low = INT32_MAX, high = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + g_ + 8 * i,
+                token = wide.item.token_block * call_.block_tokens + row / call_.block_heads;
+      const int in_group = wide.item.head_part * call_.block_heads + row % call_.block_heads;
+      low_[i] = wide.low, high_[i] = wide.high;
+      gain_[i] = offset_[i] = slope_[i] = 0;
+      shift_[i] = 0;
+      reference_[i] = -INFINITY;
+      sum_[i] = 0;
+      if (row < call_.block_tokens * call_.block_heads && token < sequence.q_len && in_group < call_.group) {
+        const int head = wide.item.head_pack * call_.group + in_group, at = position(call_, sequence, token);
+        const KeyRange keys = visible_keys(call_, sequence, at);
+        low_[i] = max(keys.low - base, wide.low);
+        high_[i] = min(keys.high - base, wide.high);
+        plain_low = max(plain_low, low_[i]);
+        plain_high = min(plain_high, high_[i]);
+        low = min(low, low_[i]);
+        high = max(high, high_[i]);
+        const QueryRow &query = call_.query_rows[int64_t{sequence.begin + token} * call_.q_heads + head];
+        gain_[i] = is_new_ ? call_.new_gain : query.gain;
+        offset_[i] = is_new_ ? 0.0f : query.offset;
+        if (call_.alibi_slopes != nullptr) slope_[i] = call_.alibi_slopes[head] * kLog2E;
+        shift_[i] = base - at;
+      }
+    }
+#pragma unroll
+    for (int lane = 4; lane < 32; lane *= 2) {
+      plain_low = max(plain_low, __shfl_xor_sync(kAll, plain_low, lane));
+      plain_high = min(plain_high, __shfl_xor_sync(kAll, plain_high, lane));
+      low = min(low, __shfl_xor_sync(kAll, low, lane));
+      high = max(high, __shfl_xor_sync(kAll, high, lane));
+    }
+    plain_low_ = plain_low, plain_high_ = plain_high;
+    some_low_ = low, some_high_ = high;
+#pragma unroll
+    for (int n = 0; n < kValueTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[n][i] = 0;
+    }
+  }
+
+  // Copies rows [first, end) of a segment's first rows to shared memory, from `first_row` of the segment on.
+  __device__ void load_queries(const WideItem &wide, int first_row, int first, int end) {
+    constexpr int chunks = Shape::kDim / 8;
+    const int parts = query_parts_, part_bytes = 2 * call_.head_dim_k;
+    const uint8_t *from = is_new_ ? call_.new_operands : call_.query_operands;
+    for (int x = first * chunks * parts + lane_; x < end * chunks * parts; x += 32) {
+      const int row = x / (chunks * parts), in_row = x % (chunks * parts), part = in_row / chunks,
+                chunk = in_row % chunks;
+      const int in_segment = first_row + row,
+                token = wide.item.token_block * call_.block_tokens + in_segment / call_.block_heads;
+      const int in_group = wide.item.head_part * call_.block_heads + in_segment % call_.block_heads;
+      uint4 value = make_uint4(0, 0, 0, 0);
+      if (in_segment < call_.block_tokens * call_.block_heads && token < wide.sequence.q_len &&
+          in_group < call_.group && 16 * chunk < part_bytes) {
+        const int64_t at =
+            int64_t{wide.sequence.begin + token} * call_.q_heads + wide.item.head_pack * call_.group + in_group;
+        value = *reinterpret_cast<const uint4 *>(from + (at * parts + part) * part_bytes + 16 * chunk);
+      }
+      *reinterpret_cast<uint4 *>(chunk_at<Shape>(queries_ + part * 16 * Shape::kRowBytes, row, chunk)) = value;
+    }
+  }
+
+  // The warp's keys of a stage: rows of K and V, from key `first` of the item's on, and what is known of them.
+  __device__ void step(const uint8_t *k_side, const uint8_t *v_side, const StageKeys<Shape> &keys, int in_stage,
+                       int first) {
+    float s[kKeyTiles][4];
+    const uint32_t k = shared_address(k_side) + uint32_t(in_stage * Shape::kRowBytes);
+    if (k_bf16_) {
+      score<true>(k, s);
+    } else {
+      score<false>(k, s);
+    }
+    const bool all = first >= plain_low_ && first + Shape::kKeys <= plain_high_ && all_shown(keys, in_stage);
+    uint32_t seen = ~0u;  // bit 4 n + i of s[n][i]
+    float scale[2];
+    if (all && !adjusted_) {
+      weigh(keys, in_stage, s, scale);
+    } else {
+      seen = adjust(keys, in_stage, first, s);
+      scale[0] = scale[1] = 1;
+    }
+    const uint32_t v = shared_address(v_side) + uint32_t(in_stage * Shape::kRowBytes);
+    if (v_bf16_) {
+      if (all) {
+        add<true, true>(v, keys, in_stage, s, scale, seen);
+      } else {
+        add<true, false>(v, keys, in_stage, s, scale, seen);
+      }
+    } else if (all) {
+      add<false, true>(v, keys, in_stage, s, scale, seen);
+    } else {
+      add<false, false>(v, keys, in_stage, s, scale, seen);
+    }
+  }
+
+  // The row's reference and sum as a partial result has them; by the lanes of a row together.
+  __device__ float2 state(int i) const {
+    float sum = sum_[i];
+    sum += __shfl_xor_sync(kAll, sum, 1);
+    sum += __shfl_xor_sync(kAll, sum, 2);
+    return make_float2(reference_[i] + (adjusted_ ? 0.0f : offset_[i]), sum);
+  }
+
+  float out_[kValueTiles][4];
+  float reference_[2];
+
+ private:
+  __device__ static bool all_shown(const StageKeys<Shape> &keys, int in_stage) {
+    uint32_t shown = 0xffff;
+#pragma unroll
+    for (int i = 0; i < Shape::kKeys / 16; ++i) shown &= keys.shown[in_stage / 16 + i];
+    return shown == 0xffff;
+  }
+
+  template <bool kBf16>
+  __device__ __forceinline__ void score(uint32_t k, float (&s)[kKeyTiles][4]) const {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0;
+    }
+    const uint32_t k_lane = k + uint32_t((lane_ / 16 * 8 + lane_ % 8) * Shape::kRowBytes);
+    const uint32_t k_swizzle = uint32_t((lane_ / 8 % 2) ^ (lane_ % 8)) << 4;
+    uint32_t q_lane = shared_address(queries_) + uint32_t(lane_ % 16 * Shape::kRowBytes);
+    const uint32_t q_swizzle = uint32_t((lane_ / 16) ^ (lane_ % 8)) << 4;
+#pragma unroll 1
+    for (int part = 0; part < query_parts_; ++part, q_lane += 16 * Shape::kRowBytes) {
+#pragma unroll
+      for (int c = 0; c < Shape::kDim / 16; ++c) {
+        uint32_t a[4];
+        load_matrices(a, q_lane + (uint32_t(32 * c) ^ q_swizzle));
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; n += 2) {
+          uint32_t b[4];
+          load_matrices(b, k_lane + uint32_t(8 * n * Shape::kRowBytes) + (uint32_t(32 * c) ^ k_swizzle));
+          mma_add_m16n8k16<kBf16>(s[n], a, b[0], b[1]);
+          mma_add_m16n8k16<kBf16>(s[n + 1], a, b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // New references where `most` of log2 of the weights asks for them; a lane's of both rows.
+  __device__ __forceinline__ void raise(float (&most)[2]) {
+    constexpr float kMost = 15.5f, kChosen = 12.0f;
+    bool passed = false;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      most[i] = fmaxf(most[i], __shfl_xor_sync(kAll, most[i], 1));
+      most[i] = fmaxf(most[i], __shfl_xor_sync(kAll, most[i], 2));
+      passed = passed || most[i] - reference_[i] > kMost;  // false for two infinities
+    }
+    if (!__any_sync(kAll, passed)) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!(most[i] - reference_[i] > kMost)) continue;
+      const float reference = most[i] - kChosen, keep = exp2_approx(reference_[i] - reference);
+      reference_[i] = reference;
+      sum_[i] *= keep;
+#pragma unroll
+      for (int n = 0; n < kValueTiles; ++n) out_[n][2 * i] *= keep, out_[n][2 * i + 1] *= keep;
+    }
+    __syncwarp();  // products are taken by the warp together
+  }
+
+  __device__ static float2 scales_of(const float *scales, int in_stage, int n, int q) {
+    return *reinterpret_cast<const float2 *>(scales + in_stage + 8 * n + 2 * q);
+  }
+
+  // Scores become x / scale[row], where every row sees every key.
+  __device__ __forceinline__ void weigh(const StageKeys<Shape> &keys, int in_stage, float (&s)[kKeyTiles][4],
+                                        float (&scale)[2]) {
+    float most[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+      const float2 k_scale = scales_of(keys.k_scale, in_stage, n, q_);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] *= i % 2 == 0 ? k_scale.x : k_scale.y;
+        most[i / 2] = fmaxf(most[i / 2], s[n][i]);
+      }
+    }
+    float exponent = keys.exponent[in_stage / 16];
+#pragma unroll
+    for (int i = 1; i < Shape::kKeys / 16; ++i) exponent = fmaxf(exponent, keys.exponent[in_stage / 16 + i]);
+    exponent = clamp_exponent(exponent);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scale[i] = gain_[i];
+      most[i] = __fmaf_rn(most[i], gain_[i], exponent);
+    }
+    raise(most);
+  }
+
+  // Scales outside of these would take sums of weights out of f32.
+  __device__ static float clamp_exponent(float exponent) {
+    return fminf(fmaxf(exponent, -90.0f), 100.0f);
+  }
+
+  // Scores become x with all that changes or hides scores; gives what is seen.
+  __device__ __forceinline__ uint32_t adjust(const StageKeys<Shape> &keys, int in_stage, int first,
+                                             float (&s)[kKeyTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+      const float2 k_scale = scales_of(keys.k_scale, in_stage, n, q_);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] *= (i % 2 == 0 ? k_scale.x : k_scale.y) * gain_[i / 2];
+    }
+    if (adjusted_) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] += offset_[i / 2];
+      }
+    }
+    if (call_.soft_cap > 0) {  // cap * tanh(x / cap)
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float power = exp2_approx(s[n][i] * call_.cap_factor);
+          s[n][i] = call_.cap_log2 * (1.0f - 2.0f * reciprocal_approx(1.0f + power));
+        }
+      }
+    }
+    const int key = first + 2 * q_;
+    if (call_.alibi_slopes != nullptr) {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          s[n][i] = __fmaf_rn(slope_[i / 2], float(key + 8 * n + i % 2 + shift_[i / 2]), s[n][i]);
+        }
+      }
+    }
+    float most[2] = {-INFINITY, -INFINITY}, v_most[2] = {0, 0};
+    uint32_t seen = 0;
+#pragma unroll
+    for (int n = 0; n < kKeyTiles; ++n) {
+      const float2 v_scale = scales_of(keys.v_scale, in_stage, n, q_);
+      const uint32_t shown = keys.shown[in_stage / 16 + n / 2] >> (8 * (n % 2) + 2 * q_);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = i / 2, at = key + 8 * n + i % 2;
+        const bool sees = at >= low_[row] && at < high_[row] && (shown >> (i % 2) & 1) != 0;
+        s[n][i] = sees ? s[n][i] : -INFINITY;
+        seen |= sees ? 1u << (4 * n + i) : 0u;
+        most[row] = fmaxf(most[row], s[n][i]);
+        v_most[row] = fmaxf(v_most[row], !sees ? 0.0f : i % 2 == 0 ? v_scale.x : v_scale.y);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      v_most[i] = fmaxf(v_most[i], __shfl_xor_sync(kAll, v_most[i], 1));
+      v_most[i] = fmaxf(v_most[i], __shfl_xor_sync(kAll, v_most[i], 2));
+      most[i] += clamp_exponent(float(__float_as_uint(v_most[i]) >> 23 & 0xff) - 126.0f);
+    }
+    raise(most);
+    return seen;
+  }
+
+  // Adds weights times values. Where some rows do not see some keys, a raw value that is no finite number makes outputs NaN
+  // of rows that see it, and no others: it is taken out of the product, and counted by a product of ones.
+  template <bool kBf16, bool kPlain>
+  __device__ __forceinline__ void add(uint32_t v, const StageKeys<Shape> &keys, int in_stage,
+                                      const float (&s)[kKeyTiles][4], const float (&scale)[2], uint32_t seen) {
+    constexpr uint32_t kOnes = kBf16 ? 0x3f803f80 : 0x3c003c00, kExponent = kBf16 ? 0x7f80 : 0x7c00;
+    const uint32_t v_lane = v + uint32_t(lane_ % 16 * Shape::kRowBytes);
+    const uint32_t v_swizzle = uint32_t((lane_ / 16) ^ (lane_ % 8)) << 4;
+    float reference[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) reference[i] = reference_[i] == -INFINITY ? 0.0f : -reference_[i];
+    const int parts = kBf16 ? 2 : call_.weight_parts;
+#pragma unroll
+    for (int m = 0; m < kKeyTiles / 2; ++m) {
+      float w[8];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float2 v_scale = scales_of(keys.v_scale, in_stage, 2 * m + j, q_);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float p = exp2_approx(__fmaf_rn(s[2 * m + j][i], scale[i / 2], reference[i / 2]));
+          sum_[i / 2] += p;
+          w[4 * j + i] = p * (i % 2 == 0 ? v_scale.x : v_scale.y);
+          if (!kPlain && (seen >> (4 * (2 * m + j) + i) & 1) == 0) w[4 * j + i] = 0;  // the scale may be anything
+        }
+      }
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = kBf16 ? pack_bf16(w[2 * i], w[2 * i + 1]) : pack_f16(w[2 * i], w[2 * i + 1]);
+#pragma unroll 1
+      for (int part = 0; part < parts; ++part) {
+        if (part == 1) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float low, high;
+            if (kBf16) {
+              low = __uint_as_float(a[i] << 16), high = __uint_as_float(a[i] & 0xffff0000);
+            } else {
+              f32_pair_from_f16(a[i], low, high);
+            }
+            low = w[2 * i] - low, high = w[2 * i + 1] - high;
+            a[i] = kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
+          }
+        }
+        constexpr int kChunks = Shape::kDim / 16;
+        uint32_t loaded[2][4];  // of this step and of the next
+        const uint32_t v_rows = v_lane + uint32_t(16 * m * Shape::kRowBytes);
+        load_matrices_transposed(loaded[0], v_rows + v_swizzle);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+          uint32_t(&b)[4] = loaded[c % 2];
+          if (c + 1 < kChunks) {
+            load_matrices_transposed(loaded[(c + 1) % 2], v_rows + (uint32_t(32 * (c + 1)) ^ v_swizzle));
+          }
+          if (!kPlain && v_raw_) {
+            uint32_t bad[4], any = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const uint32_t low = (b[i] & kExponent) == kExponent ? 0xffff : 0;
+              const uint32_t high = (b[i] >> 16 & kExponent) == kExponent ? 0xffff0000 : 0;
+              bad[i] = low | high;
+              b[i] &= ~bad[i];
+              any |= bad[i];
+            }
+            if (__any_sync(kAll, any != 0)) {
+              uint32_t ones[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {  // a[2 j + r]: s[2 m + j][2 r], [2 r + 1]
+                const uint32_t bits = seen >> (4 * (2 * m + i / 2) + 2 * (i % 2));
+                ones[i] = ((bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u)) & kOnes;
+              }
+#pragma unroll
+              for (int j = 0; j < 2; ++j) {
+                float count[4] = {0, 0, 0, 0};
+                mma_add_m16n8k16<kBf16>(count, ones, bad[2 * j] & kOnes, bad[2 * j + 1] & kOnes);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  if (count[i] > 0) out_[2 * c + j][i] = __int_as_float(0x7fc00000);
+                }
+              }
+            }
+          }
+          mma_add_m16n8k16<kBf16>(out_[2 * c], a, b[0], b[1]);
+          mma_add_m16n8k16<kBf16>(out_[2 * c + 1], a, b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  const AttentionCall &call_;
+  uint8_t *queries_;
+  const int lane_, g_, q_;
+
+  // The item's.
+  bool is_new_, k_bf16_, v_raw_, v_bf16_, adjusted_;
+  int query_parts_;
+  int plain_low_, plain_high_, some_low_, some_high_;  // keys that every row sees, that some row may see
+  // Of the lane's rows.
+  int low_[2], high_[2], shift_[2];  // key + shift: its position less the row's
+  float gain_[2], offset_[2], slope_[2];
+
+ public:
+  float sum_[2];
+};
+
+// Where a segment's partial result goes.
+struct WidePartial {
+  float2 *states;
+  float *outputs;
+
+  __device__ WidePartial(const AttentionCall &call, int32_t slot_number) {
+    uint8_t *slot = call.partials + slot_number * call.slot_bytes;
+    states = reinterpret_cast<float2 *>(slot);
+    outputs = reinterpret_cast<float *>(slot + partial_outputs(1, call.block_tokens * call.block_heads));
+  }
+};
+
+// Rows of the warp's own.
+template <class Shape>
+__device__ __forceinline__ void write_rows(const AttentionCall &call, int32_t slot, int first_row,
+                                           const WideRows<Shape> &rows) {
+  const WidePartial partial(call, slot);
+  const int g = lane_index() / 4, q = lane_index() % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = first_row + g + 8 * i;
+    const float2 state = rows.state(i);
+    if (row >= call.block_tokens * call.block_heads) continue;
+    if (q == 0) partial.states[row] = state;
+    float *to = partial.outputs + row * call.head_dim_v + 2 * q;
+#pragma unroll
+    for (int n = 0; n < Shape::kDim / 8; ++n) {
+      if (8 * n >= call.head_dim_v) break;
+      *reinterpret_cast<float2 *>(to + 8 * n) = make_float2(rows.out_[n][2 * i], rows.out_[n][2 * i + 1]);
+    }
+  }
+}
+
+// Rows that all consumers have, of different keys; added up in their order in the memory of queries.
+template <class Shape>
+__device__ __forceinline__ void write_shared_rows(const AttentionCall &call, int32_t slot, int warp,
+                                                  WideRows<Shape> &rows, WideShared<Shape> &shared, uint8_t *memory) {
+  const WidePartial partial(call, slot);
+  const int g = lane_index() / 4, q = lane_index() % 4;
+  float *sums = reinterpret_cast<float *>(memory);
+  float2 own[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    own[i] = rows.state(i);
+    if (q == 0) shared.references[warp][g + 8 * i] = own[i].x;
+  }
+  group_barrier(kConsumerBarrier, 32 * Shape::kConsumers);
+  float most[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    most[i] = -INFINITY;
+    for (int w = 0; w < Shape::kKeyWarps; ++w) most[i] = fmaxf(most[i], shared.references[w][g + 8 * i]);
+    // A sum that is NaN without a reference stays one.
+    const float factor = own[i].x == most[i] ? 1.0f : exp2_approx(own[i].x - most[i]);
+    own[i].y *= factor;
+#pragma unroll
+    for (int n = 0; n < Shape::kDim / 8; ++n) rows.out_[n][2 * i] *= factor, rows.out_[n][2 * i + 1] *= factor;
+  }
+#pragma unroll 1
+  for (int w = 0; w < Shape::kKeyWarps; ++w) {
+    if (w == warp) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = g + 8 * i;
+        if (q == 0) shared.sums[row] = w == 0 ? own[i].y : shared.sums[row] + own[i].y;
+        float2 *to = reinterpret_cast<float2 *>(sums + row * Shape::kDim) + q;
+#pragma unroll
+        for (int n = 0; n < Shape::kDim / 8; ++n) {
+          float2 sum = make_float2(rows.out_[n][2 * i], rows.out_[n][2 * i + 1]);
+          if (w > 0) {
+            const float2 before = to[4 * n];
+            sum.x += before.x, sum.y += before.y;
+          }
+          to[4 * n] = sum;
+        }
+      }
+    }
+    group_barrier(kConsumerBarrier, 32 * Shape::kConsumers);
+  }
+  const int count = call.block_tokens * call.block_heads, chunks = call.head_dim_v / 4;
+  for (int x = int(threadIdx.x); x < count * chunks; x += 32 * Shape::kConsumers) {
+    const int row = x / chunks, chunk = x % chunks;
+    reinterpret_cast<float4 *>(partial.outputs)[x] = reinterpret_cast<const float4 *>(sums + row * Shape::kDim)[chunk];
+  }
+  if (warp == 0 && q == 0) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (g + 8 * i < count) partial.states[g + 8 * i] = make_float2(most[i], shared.sums[g + 8 * i]);
+    }
+  }
+}
+
+template <class Shape>
+__device__ __forceinline__ void consume_stages(const AttentionCall &call, const WideMemory &memory, uint8_t *queries,
+                                               const uint8_t *stages, WideShared<Shape> &shared) {
+  const int warp = int(threadIdx.x) / 32, lane = lane_index();
+  const int first_row = Shape::kMany ? 16 * warp : 0, in_stage = Shape::kMany ? 0 : warp * Shape::kKeys;
+  uint8_t *own_queries = queries + 2 * first_row * Shape::kRowBytes;
+  WideRows<Shape> rows(call, own_queries);
+  const BlockItems block = call.block_items[blockIdx.x];
+  int stage = 0;
+  uint32_t parity = 0;
+#pragma unroll 1
+  for (int32_t slot = block.first; slot < block.first + block.count; ++slot) {
+    WideItem wide;
+    if (!read_item(call, slot, int32_t(blockIdx.x), wide)) continue;
+    rows.begin(wide, first_row);
+    if constexpr (Shape::kMany) {
+      __syncwarp();
+      rows.load_queries(wide, first_row, 0, 16);
+      __syncwarp();
+    } else {
+      constexpr int kEach = 16 / Shape::kKeyWarps;
+      group_barrier(kConsumerBarrier, 32 * Shape::kConsumers);  // what was added up there has been read
+      rows.load_queries(wide, 0, kEach * warp, kEach * (warp + 1));
+      group_barrier(kConsumerBarrier, 32 * Shape::kConsumers);
+    }
+    const int steps = wide.steps(Shape::kStageKeys);
+    int first = wide.item.first_tile * kTileTokens + in_stage;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, first += Shape::kStageKeys) {
+      barrier_wait(&shared.full[stage], parity);
+      const uint8_t *k_side = stages + stage * 2 * Shape::kSideBytes;
+      rows.step(k_side, k_side + Shape::kSideBytes, shared.keys[stage], in_stage, first);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&shared.empty[stage]);
+      if (++stage == memory.stages) stage = 0, parity ^= 1;
+    }
+    if constexpr (Shape::kMany) {
+      write_rows<Shape>(call, slot, first_row, rows);
+    } else {
+      write_shared_rows<Shape>(call, slot, warp, rows, shared, queries);
+    }
+  }
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    attention_wide_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ WideMemory memory) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  uint8_t *bytes = static_cast<uint8_t *>(dynamic_shared());
+  uint8_t *stages = bytes + memory.stages_at;
+  WideShared<Shape> &shared = *reinterpret_cast<WideShared<Shape> *>(bytes + memory.shared_at);
+  if (int(threadIdx.x) < memory.stages) {
+    barrier_init(&shared.full[threadIdx.x], 2 * kMakerThreads);
+    barrier_init(&shared.empty[threadIdx.x], Shape::kConsumers);
+  }
+  barrier_init_fence();
+  if (call.head_dim_k < Shape::kDim) {  // channels that nobody writes; those of queries are zeros, too
+    for (int at = 16 * int(threadIdx.x); at < memory.stages * 2 * Shape::kSideBytes; at += 16 * Shape::kThreads) {
+      *reinterpret_cast<uint4 *>(stages + at) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  __syncthreads();
+  grid_dependency_wait();
+  if (int(threadIdx.x) >= 32 * Shape::kConsumers) {
+    make_stages<Shape>(call, memory, stages, shared);
+  } else {
+    consume_stages<Shape>(call, memory, bytes, stages, shared);
+  }
+#endif
+}
+
+// ---- starting it
+
+template <int kDim, bool kMany>
+int load_wide() {
+  using Shape = WideShape<kDim, kMany>;
+  cudaFuncAttributes attributes;
+  if (const int error = cudaFuncGetAttributes(&attributes, attention_wide_kernel<Shape>)) return error;
+  return cudaFuncSetAttribute(attention_wide_kernel<Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              kWideSharedBytes);
+}
+
+template <int kDim, bool kMany>
+int launch_wide(const AttentionCall &call, void *stream) {
+  using Shape = WideShape<kDim, kMany>;
+  constexpr int kStageBytes = 2 * Shape::kSideBytes;
+  constexpr int kOthers = Shape::kQueryBytes + int(sizeof(WideShared<Shape>));
+  static_assert(kOthers + 2 * kStageBytes <= kWideSharedBytes);
+  WideMemory memory{};
+  memory.stages = std::min((kWideSharedBytes - kOthers) / kStageBytes, kMostWideStages);
+  memory.stages_at = Shape::kQueryBytes;
+  memory.shared_at = memory.stages_at + memory.stages * kStageBytes;
+  return launch_dependent(attention_wide_kernel<Shape>, unsigned(call.blocks), unsigned(Shape::kThreads),
+                          size_t(memory.shared_at) + sizeof(WideShared<Shape>), stream, call, memory);
+}
+
+}  // namespace tqkv::cuda
