@@ -8,6 +8,25 @@
 
 namespace tqkv::cuda {
 
+// The warp's next item, whose number is in warp.rest.x; whether there was one. The kernel that calls this keeps nothing in
+// registers, of which encode_any() wants all.
+template <int kHeadDim>
+__device__ __noinline__ bool encode_next(const VectorCall &call) {
+  auto &warp = EncodeShared<kHeadDim>::warp();
+  const VectorSide &v = call.side[blockIdx.y];
+  const uint32_t item = warp.rest.x, group = item / uint32_t(call.heads), head = item % uint32_t(call.heads);
+  if (int64_t{group} * kRows >= call.tokens) return false;
+  __syncwarp();
+  if (lane_index() == 0) warp.rest.x = item + gridDim.x * kEncodeWarps;
+  if (v.side.rounds == 1) {
+    encode_any<kHeadDim, true>(call, v, group, int(head));
+  } else {
+    encode_unusual<kHeadDim, false>(call, v, group, int(head));
+  }
+  __syncwarp();
+  return true;
+}
+
 // `kAny`: everything, else rows of 16-bit types without offset, all of them with one round or none.
 template <int kHeadDim, bool kAny, bool kRotated = false>
 __global__ void __launch_bounds__(32 * kEncodeWarps, encode_blocks(kHeadDim))
@@ -23,14 +42,9 @@ __global__ void __launch_bounds__(32 * kEncodeWarps, encode_blocks(kHeadDim))
   if constexpr (!kAny) {
     encode_rows<kHeadDim, kRotated>(call, v);
   } else {
+    if (lane_index() == 0) EncodeShared<kHeadDim>::warp().rest.x = blockIdx.x + threadIdx.x / 32 * gridDim.x;
     __syncthreads();
-    const uint32_t heads = uint32_t(call.heads), items = uint32_t((call.tokens + kRows - 1) / kRows) * heads;
-    for (uint32_t item = blockIdx.x + threadIdx.x / 32 * gridDim.x; item < items; item += gridDim.x * kEncodeWarps) {
-      if (v.side.rounds == 1) {
-        encode_any<kHeadDim, true>(call, v, item / heads, int(item % heads));
-      } else {
-        encode_unusual<kHeadDim, false>(call, v, item / heads, int(item % heads));
-      }
+    while (encode_next<kHeadDim>(call)) {
     }
   }
 }
