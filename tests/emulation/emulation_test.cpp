@@ -26,7 +26,6 @@ namespace {
 
 using namespace tqkv::cuda;
 
-
 // What a launch says on stderr: the message with which it stops the program, or nothing.
 template <class... P, class... A>
 std::string message_of(void (*kernel)(P...), unsigned threads, A... args) {
