@@ -65,6 +65,7 @@ struct RowState {
   QueryRow query;
   const uint8_t *operands;  // null: there is no such row
   int32_t steps;            // of the first row: those before the run
+  int2 plain;               // of the first row: tiles [x, y) that all rows see, with nothing to adjust
 };
 
 struct AttentionShared {
@@ -521,7 +522,7 @@ __device__ __noinline__ int2 describe_rows(const AttentionCall &call, const List
   const int row = lane_index(), token = item.token_block * call.block_tokens + row / call.block_heads;
   const int in_group = item.head_part * call.block_heads + row % call.block_heads;
   int begin = INT32_MIN, end = INT32_MAX;
-  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr};
+  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr, 0, {0, 0}};
   if (row < call.block_tokens * call.block_heads && token < sequence.q_len && in_group < call.group) {
     const int head = (item.head_pack * call.pack_heads + pack_head) * call.group + in_group;
     const int64_t at = int64_t{sequence.begin + token} * call.q_heads + head;
@@ -563,9 +564,10 @@ class WarpRows {
   __device__ WarpRows(const AttentionCall &call, RowState *states)
       : call_(call), all_states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
 
-  __device__ void begin(const ListedItem &listed, int pack_head) {
+  // `number`: of the first tile.
+  __device__ void begin(const ListedItem &listed, int pack_head, int number) {
     const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states());
-    plain_first_ = plain.x, plain_end_ = plain.y;
+    plain_end_ = number >= plain.x ? plain.y : 0;
     const RowState &state = row();
     gain_ = state.query.gain, shifted_ = state.query.offset;
     // Four registers, because a product takes them as a quad.
@@ -586,7 +588,8 @@ class WarpRows {
     sum_ = 0;
     weights_ = 0;
     squares_ = 0;
-    if (lane_index() == 0) states()[0].steps = 0;
+    if (lane_index() == 0) states()[0].steps = 0, states()[0].plain = plain;
+    __syncwarp();
     flags_ = kUnset;
     run_ = 0;
   }
@@ -709,7 +712,7 @@ class WarpRows {
       load_scales(tile + call_.pool.k_scales, call_.k_scale_type, k_scale[t]);
       load_scales(tile + call_.pool.v_scales, call_.v_scale_type, v_scale[t]);
     }
-    if (number >= plain_first_ && number + kStepTiles <= plain_end_) {
+    if (number + kStepTiles <= plain_end_) {
       if (call_.soft_cap > 0) {
         const float offset = row().query.offset, shift = shifted_ - offset;
 #pragma unroll
@@ -757,7 +760,7 @@ class WarpRows {
     const float largest = float(bits & 0xffff);
     squares_ = __fmaf_rn(largest, largest, squares_);
     ++run_;
-    if ((run_ & (run_ - 1)) == 0) look();
+    if ((run_ & (run_ - 1)) == 0) look(number);
   }
 
   // soft_cap * tanh(x / soft_cap), in units of log2.
@@ -800,7 +803,8 @@ class WarpRows {
   // After 1, 2, 4 .. steps: whether weights are so small that their rounding shows, or sums too large; the next step does
   // what is needed. Rounding
   // adds an error of about sqrt(n / 12) to a sum of n values, if they are independent of size sqrt(sum of w^2).
-  __device__ void look() {
+  __device__ void look(int number) {
+    if (number >= states()[0].plain.x) plain_end_ = states()[0].plain.y;
     const uint32_t sum = row_weights();
     const float squares = 0.5f * row_sum(squares_), least = least_weight();
     const float keys = float((states()[0].steps + run_) * kStepTiles * kTileTokens);
@@ -942,7 +946,7 @@ class WarpRows {
   uint32_t a_[K::kSteps][4];
   int32_t bias_[4];
   float gain_;
-  int plain_first_, plain_end_;
+  int plain_end_;  // steps that end there or before need no adjusting
 
   // Of the lane's row and keys.
   float shifted_;     // the row's offset less its reference
@@ -1091,8 +1095,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       if (lane == 0) shared.current[warp] = i;
       __syncwarp();
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
-      rows.begin(listed, head);
       int tile = tile_of(listed.item, team, 0);
+      rows.begin(listed, head, tile);
 #pragma unroll 1
       for (int left = steps_of(listed.item, team); left > 0; --left) {
         if (n % kBatch == 0 && n > 0 && head == 0) {
