@@ -23,6 +23,7 @@
 #include "kernels/attention.hpp"
 #include "kernels/device/launch.cuh"
 #include "kernels/device/operands.cuh"
+#include "kernels/device/query.cuh"
 #include "kernels/device/sequence.cuh"
 #include "kernels/device/vector.cuh"
 
@@ -42,12 +43,14 @@ struct AttentionRing {
   int32_t tile_bytes, stage_bytes;  // of a tile of all heads, of a stage: a multiple of 128
   int32_t in_one_copy;              // the heads of a tile are adjacent
   int32_t scratch_at, rows_at, tables_at, shared_at;
+  int32_t scratch_bytes;  // of a warp
 };
 
 struct ListedItem {
   AttentionItem item;
   Sequence sequence;
   int32_t slot;
+  int32_t fault;  // in a DIRECT call: a needed id is bad
 };
 
 // A team's steps of the list, step n at n % kTable.
@@ -64,15 +67,16 @@ struct RowState {
   int32_t position, low, high;  // keys [low, high) of the item are visible
   QueryRow query;
   const uint8_t *operands;  // null: there is no such row
-  int32_t steps;            // of the first row: those before the run
   int2 plain;               // of the first row: tiles [x, y) that all rows see, with nothing to adjust
 };
 
 struct AttentionShared {
   uint64_t full[kMaxStages], empty[kMaxStages];  // next to each other
   ListedItem items[kMaxItems];
-  int32_t num_items, listed_before;  // of the block's items
+  int32_t num_items, listed_before, more;  // of the block's items
   int32_t current[16];               // the item that a warp is at
+  // Of list_items(): units and segments with units, see there.
+  uint64_t sums[16], first_segment, last_segment;
 };
 
 // A warp's team.
@@ -99,7 +103,106 @@ __device__ inline int tile_of(const AttentionItem &item, Team team, int step) {
   return item.first_tile + kStepTiles * (team.index + step * team.count);
 }
 
+// ---- listing items
+
+// The block's items from the `before`-th on, in a DIRECT call: a thread a sequence. By the block; ends with all threads
+// together.
+__device__ __forceinline__ void list_items(const AttentionCall &call, AttentionShared &shared, int before) {
+  constexpr int kUnitBits = 44;  // of a number; above: how many segments have units
+  constexpr uint64_t kUnits = (uint64_t{1} << kUnitBits) - 1;
+  const int s = int(threadIdx.x), warp = s / 32, lane = s % 32;
+  const uint32_t packs = uint32_t(call.head_packs), copies = uint32_t(call.head_parts) * packs;
+  Sequence sequence;
+  TileRange range{0, 0};
+  if (s < call.num_seqs) {
+    sequence = read_sequence(call, s, 0);
+    range = tile_range(call, sequence, 0);
+  }
+  const uint32_t units = range.first < range.end ? uint32_t(range.end - range.first + kSegmentUnits) : 0;
+  uint64_t sum = uint64_t{units} * copies + (uint64_t{units > 0 ? copies : 0} << kUnitBits);
+  const uint64_t own = sum;
+#pragma unroll 1
+  for (int step = 1; step < 32; step *= 2) {
+    const uint64_t other = __shfl_up_sync(kAll, sum, unsigned(step));
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) shared.sums[warp] = sum;
+  __syncthreads();
+  uint64_t total = 0;
+  sum -= own;
+#pragma unroll 1
+  for (int w = 0; w < int(blockDim.x) / 32; ++w) {
+    if (w < warp) sum += shared.sums[w];
+    total += shared.sums[w];
+  }
+  const uint64_t begin = sum & kUnits, end = begin + uint64_t{units} * copies, first_segment = sum >> kUnitBits;
+  const uint64_t blocks = uint64_t(call.blocks), all = total & kUnits, low = blockIdx.x * all / blocks,
+                 high = (blockIdx.x + 1) * all / blocks;
+  if (begin <= low && low < end) shared.first_segment = first_segment + (low - begin) / units;
+  if (begin < high && high <= end) shared.last_segment = first_segment + (high - 1 - begin) / units;
+  __syncthreads();
+  const int count = low < high ? int(shared.last_segment + 1 - shared.first_segment) : 0;
+  if (s == 0) shared.num_items = min(count - before, kMaxItems), shared.more = count - before > kMaxItems;
+  if (blockIdx.x == 0 && units == 0 && s < call.num_seqs) {
+#pragma unroll 1
+    for (uint32_t copy = 0; copy < copies; ++copy) {
+      call.segments[uint32_t(s) * copies + copy].first_slot = call.segments[uint32_t(s) * copies + copy].end_slot = 0;
+    }
+  }
+  if (units > 0 && low < end && begin < max(high, low + 1)) {
+    uint32_t copy = low > begin ? uint32_t((low - begin) / units) : 0;
+    int at = int(first_segment + copy - shared.first_segment) - before;
+#pragma unroll 1
+    for (uint64_t first_unit = begin + uint64_t{copy} * units; copy < copies && first_unit < max(high, low + 1);
+         ++copy, ++at, first_unit += units) {
+      const uint32_t segment = uint32_t(s) * copies + copy;
+      const uint32_t from = low > first_unit ? uint32_t(low - first_unit) : 0;
+      const uint32_t to = uint32_t(min(high - first_unit, uint64_t{units}));
+      const int first = max(int(from) - kSegmentUnits, 0);
+      ListedItem listed;
+      listed.slot = int32_t(blockIdx.x + segment);
+      listed.item = {s, 0, int32_t(copy / packs), int32_t(copy % packs), range.first + first,
+                     range.first + max(int(to) - kSegmentUnits, first), 0, 0};
+      listed.sequence = sequence;
+      listed.fault = 0;
+      if (low < high) {
+        if (at < 0 || at >= kMaxItems) continue;
+        shared.items[at] = listed;
+      }
+      call.items[listed.slot] = listed.item;  // if the block has no unit, too: the slot may be between those of a segment
+      if (listed.item.first_tile == listed.item.end_tile) continue;
+      if (first == 0) call.segments[segment].first_slot = listed.slot;
+      if (to == units) call.segments[segment].end_slot = listed.slot + 1;
+    }
+  }
+}
+
+// The same of a list that "prepare" made, by a warp.
+__device__ inline void read_items(const AttentionCall &call, AttentionShared &shared, int before) {
+  const int lane = lane_index();
+  const BlockItems block = call.block_items[blockIdx.x];
+  const int count = min(block.count - before, kMaxItems);
+  if (lane < count) {
+    ListedItem listed;
+    listed.slot = block.first + before + lane;
+    listed.item = call.items[listed.slot];
+    listed.sequence = read_sequence(call, listed.item.sequence, 0);
+    listed.fault = 0;
+    shared.items[lane] = listed;
+  }
+  if (lane == 0) shared.num_items = count, shared.more = block.count - before > kMaxItems;
+}
+
 // ---- finding tiles
+
+// A needed id is bad.
+__device__ inline void note_fault(const AttentionCall &call, ListedItem &listed) {
+  if (call.direct != 0) {
+    atomicMax(&listed.fault, 1);
+  } else {
+    atomicMax(&call.sequence_faults[listed.item.sequence], 1);
+  }
+}
 
 // Whether some row of the item reads the codes of key j.
 __device__ inline bool is_needed(const AttentionCall &call, const ListedItem &listed, int j) {
@@ -145,7 +248,7 @@ __device__ inline void find_steps(const AttentionCall &call, AttentionShared &sh
     address = no_step();
     return;
   }
-  const ListedItem &listed = shared.items[i];
+  ListedItem &listed = shared.items[i];
   const Sequence &sequence = listed.sequence;
   const int tile = tile_of(listed.item, team, in_item) + t;
   if (tile >= listed.item.end_tile) {
@@ -168,7 +271,7 @@ __device__ inline void find_steps(const AttentionCall &call, AttentionShared &sh
 #pragma unroll 1
     for (int k = 0; k < kTileTokens; ++k) {
       if (j + k < sequence.coded_length && is_exact(call, sequence, j + k)) exact |= 1u << k;
-      if (bad && is_needed(call, listed, j + k)) atomicMax(&call.sequence_faults[listed.item.sequence], 1);
+      if (bad && is_needed(call, listed, j + k)) note_fault(call, listed);
     }
   }
   address = at;
@@ -205,7 +308,7 @@ __device__ __noinline__ inline void gather_tile(const AttentionCall &call, Atten
   const int lane = lane_index();
   int in_item = n, i = 0;
   for (; in_item >= steps_of(shared.items[i].item, team); ++i) in_item -= steps_of(shared.items[i].item, team);
-  const ListedItem &listed = shared.items[i];
+  ListedItem &listed = shared.items[i];
   int64_t slot = -1;  // of the lane's token
   if (lane < kTileTokens) {
     const int j = (tile_of(listed.item, team, in_item) + tile) * kTileTokens + lane;
@@ -214,7 +317,7 @@ __device__ __noinline__ inline void gather_tile(const AttentionCall &call, Atten
       if (id >= 0 && id < pool.num_blocks) {
         slot = int64_t{id} * pool.block_size + j % pool.block_size;
       } else {
-        atomicMax(&call.sequence_faults[listed.item.sequence], 1);
+        note_fault(call, listed);
       }
     }
   }
@@ -504,7 +607,7 @@ struct AttentionShape {
   using K = KSide;
   using V = VSide;
   static constexpr bool kAny = kAnyPages;  // scales of any type, blocks of any size
-  static constexpr int kHeadDimV = kDimV;
+  static constexpr int kHeadDimK = kDimK, kHeadDimV = kDimV;
   static constexpr int kBlocks = kBlocksOfRows, kRows = 4 * kBlocks;
   static constexpr int kScratch = 2 * V::kColumns * 32;  // floats that a warp has
   static constexpr int kWarps = attention_warps(kDimK, kDimV, kBlocks);
@@ -512,17 +615,33 @@ struct AttentionShape {
 
 // ---- one warp's rows
 
+// In a DIRECT call: the operands of the item's rows of a kv head, which the teams of that head divide among them.
+template <class Shape>
+__device__ __forceinline__ void prepare_queries(const AttentionCall &call, const QueryWork &queries,
+                                             const AttentionItem &item, int pack_head, Team team, uint16_t *integers) {
+  constexpr int kPerLane = Shape::kHeadDimK / 32;
+  if constexpr (Shape::kHeadDimK == 32 * kPerLane && (kPerLane & (kPerLane - 1)) == 0) {
+#pragma unroll 1
+    for (int row = team.index; row < call.block_heads; row += team.count) {
+      const int in_group = item.head_part * call.block_heads + row;
+      if (in_group >= call.group) break;
+      const int head = (item.head_pack * call.pack_heads + pack_head) * call.group + in_group;
+      prepare_narrow_row<kPerLane>(call, queries, item.sequence * call.q_heads + head, lane_index(), integers);
+    }
+  }
+}
+
 // Describes the rows of a warp's kv head, lanes 0 .. 7 one each; gives the item's tiles [x, y) that are visible to every
 // row, and coded.
 template <int kRows>
-__device__ __noinline__ int2 describe_rows(const AttentionCall &call, const ListedItem &listed, int pack_head,
+__device__ __forceinline__ int2 describe_rows(const AttentionCall &call, const ListedItem &listed, int pack_head,
                                            RowState *states) {
   const Sequence &sequence = listed.sequence;
   const AttentionItem &item = listed.item;
   const int row = lane_index(), token = item.token_block * call.block_tokens + row / call.block_heads;
   const int in_group = item.head_part * call.block_heads + row % call.block_heads;
   int begin = INT32_MIN, end = INT32_MAX;
-  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr, 0, {0, 0}};
+  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr, {0, 0}};
   if (row < call.block_tokens * call.block_heads && token < sequence.q_len && in_group < call.group) {
     const int head = (item.head_pack * call.pack_heads + pack_head) * call.group + in_group;
     const int64_t at = int64_t{sequence.begin + token} * call.q_heads + head;
@@ -588,19 +707,20 @@ class WarpRows {
     sum_ = 0;
     weights_ = 0;
     squares_ = 0;
-    if (lane_index() == 0) states()[0].steps = 0, states()[0].plain = plain;
+    if (lane_index() == 0) states()[0].plain = plain;
     __syncwarp();
     flags_ = kUnset;
-    run_ = 0;
+    steps_ = 0;
   }
 
   // Takes a step: tiles at `codes` and `tile_bytes` after, `number` and the next in their sequence. `exact`: tokens that are
-  // read raw, by tiles. `last`: of the item. `between` is called once, where it may take a while.
+  // read raw, by tiles. `left`: the warp's steps of the item from this one on. `between` is called once, where it may take a
+  // while.
   template <class Between>
   __device__ __forceinline__ void take(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
-                                       bool last, Between &&between) {
+                                       int left, Between &&between) {
     uint32_t words[kTiles][2];  // 16-bit weights of the lane's keys
-    weigh(codes, tile_bytes, number, exact, last, words);
+    weigh(codes, tile_bytes, number, exact, left, words);
     between();
     uint32_t others[kTiles][2] = {};  // of the lane that has the other tile
     if constexpr (kBlocks == 1) {
@@ -639,15 +759,22 @@ class WarpRows {
 
  private:
   static constexpr uint32_t kOne = 0x4b000000;  // 2^23: integers are a float's low bits
-  // The row's weights are to be looked at; its reference is not chosen yet, or the row does not exist.
-  static constexpr unsigned kLook = 1, kUnset = 2;
-  // What the root of the mean w^2 is not left below, where rounding adds 1 / (sqrt(12) * 1800) = 1.6e-4 to the root of the
-  // sum of squares, or 6.4e-4 where the output is of 16 bits; and log2 of what a new reference is to make of it.
+  // The row's reference is not chosen yet, or the row does not exist; it is to be moved, and from kFall on: how far down.
+  static constexpr unsigned kUnset = 1, kMove = 2, kFall = 4;
+  // log2 of what the root of the mean w^2 is not left below, where rounding adds 1 / (sqrt(12) * 1800) = 1.6e-4 to the root
+  // of the sum of squares, or 7.6e-4 (380) where the output is of 16 bits; of what a first reference is to make of it; and
+  // the first step after which it is looked at.
+  __device__ bool is_precise() const {
+    return call_.out.type == TQ_TYPE_F32;
+  }
   __device__ float least_weight() const {
-    return call_.out.type == TQ_TYPE_F32 ? 1800.0f : 450.0f;
+    return is_precise() ? 10.8f : 8.57f;
   }
   __device__ float good_weight() const {
-    return call_.out.type == TQ_TYPE_F32 ? 11.5f : 9.5f;
+    return is_precise() ? 11.5f : 9.5f;
+  }
+  __device__ int first_look() const {
+    return is_precise() ? 1 : 8;
   }
   // Sums of weights that are so large that smaller weights' rounding does not show, and that are too large.
   static constexpr uint32_t kLargeSum = 1u << 24, kMostSum = 1u << 29;
@@ -673,7 +800,7 @@ class WarpRows {
 
   // The sum of the row's weights.
   __device__ uint32_t row_weights() const {
-    return row_sum(weights_ - uint32_t(run_) * (4 * kTiles * kOne));
+    return row_sum(weights_ - uint32_t(steps_) * (4 * kTiles * kOne));
   }
 
   // The scores of tokens 4 q .. 4 q + 3 of a tile, integers.
@@ -696,7 +823,7 @@ class WarpRows {
   }
 
   __device__ __forceinline__ void weigh(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
-                                        bool last, uint32_t (&words)[kTiles][2]) {
+                                        int left, uint32_t (&words)[kTiles][2]) {
     int32_t scores[kStepTiles][4];
     score(codes, scores[0]);
     score(codes + tile_bytes, scores[1]);
@@ -742,7 +869,7 @@ class WarpRows {
     uint32_t bits = weights_of(y, v_scale, p, w);
     const bool over = (bits & 0xffff0000) != kOne;
     if (__any_sync(kAll, over || flags_ != 0)) {
-      choose_references(v_scale, over, last, y);
+      move_references(v_scale, left, y);
       bits = weights_of(y, v_scale, p, w);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
@@ -759,8 +886,8 @@ class WarpRows {
     }
     const float largest = float(bits & 0xffff);
     squares_ = __fmaf_rn(largest, largest, squares_);
-    ++run_;
-    if ((run_ & (run_ - 1)) == 0) look(number);
+    ++steps_;
+    if ((steps_ & (steps_ - 1) & (kMostSteps - 1)) == 0) look(number);
   }
 
   // soft_cap * tanh(x / soft_cap), in units of log2.
@@ -801,34 +928,25 @@ class WarpRows {
   }
 
   // After 1, 2, 4 .. steps: whether weights are so small that their rounding shows, or sums too large; the next step does
-  // what is needed. Rounding
-  // adds an error of about sqrt(n / 12) to a sum of n values, if they are independent of size sqrt(sum of w^2).
+  // what is needed. Rounding adds an error of about sqrt(n / 12) to a sum of n values, if they are independent of size
+  // sqrt(sum of w^2).
   __device__ void look(int number) {
     if (number >= states()[0].plain.x) plain_end_ = states()[0].plain.y;
+    if (steps_ < first_look()) return;
     const uint32_t sum = row_weights();
-    const float squares = 0.5f * row_sum(squares_), least = least_weight();
-    const float keys = float((states()[0].steps + run_) * kStepTiles * kTileTokens);
-    const bool small = sum < kLargeSum && float(sum) < least * keys && squares < least * least * keys;
-    if ((flags_ & kUnset) == 0 && (small || sum >= kMostSum || run_ >= kMostSteps)) flags_ |= kLook;
+    const float keys = float(steps_ * kStepTiles * kTileTokens), squares = row_sum(squares_);
+    const float below = least_weight() - 0.5f * log2_approx(fmaxf(0.5f * squares, 1e-30f) * reciprocal_approx(keys));
+    if ((flags_ & kUnset) != 0) return;
+    if (below > 0 && sum < kLargeSum && float(sum) < exp2_approx(least_weight()) * keys) {
+      flags_ |= kMove + kFall * unsigned(fminf(below + 1, 60));
+    }
+    if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_ |= kMove;
   }
 
-  // New references where there are none yet, a weight is too large, weights have become small or sums large; `y` and the
-  // sums with them.
-  __device__ void choose_references(const float (&v_scale)[kTiles][4], bool over, bool last, float (&y)[kTiles][4]) {
-    // log2 of the row's weights w: the largest, and the moments of what the others are below it.
-    float weight[kTiles][4], most = kMinusInfinity, most_score = kMinusInfinity;
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weight[t][i] = v_scale[t][i] > 0 ? y[t][i] + log2_approx(v_scale[t][i]) : kMinusInfinity;
-        most = fmaxf(most, weight[t][i]);
-        most_score = fmaxf(most_score, y[t][i]);
-      }
-    }
-    most = row_max(most);
-    most_score = row_max(most_score);
-    const bool outlier = row_max(over ? 1.0f : 0.0f) > 0;
+  // How far above the largest of a step's weights, `most`, the reference of a row is to be that sees its first step: as far
+  // as the largest of the `left` steps is expected from normal scores, but so that the mean square, which grows with the
+  // number of keys half as fast, is good.
+  __device__ float expected_rise(const float (&weight)[kTiles][4], float most, int left) const {
     float count = 0, mean = 0, square = 0, power = 0;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -845,33 +963,53 @@ class WarpRows {
     square = row_sum(square) * count;
     power = row_sum(power) * count;
     const float spread = exp2_approx(0.5f * log2_approx(fmaxf(__fmaf_rn(-mean, mean, square), 1e-6f)));
-    // A weight that was too large is an outlier; else the largest of some thousand keys is expected at 2^16, if that leaves
-    // the root of the mean w^2 of these large enough, and there are more to come.
-    const bool unset = (flags_ & kUnset) != 0, look = (flags_ & kLook) != 0;
+    const float more = log2_approx(float(left)) * spread;  // E of the largest of 32 n: 2.07 + 0.22 log2 n
     const float room = fmaxf(0.5f * log2_approx(power) + (16 - good_weight()), 0);
-    float expected = unset || look ? fminf(fmaxf(__fmaf_rn(3.75f, spread, mean), 0), room) + 0.1f : 2.0f;
-    if (last) expected = 0.1f;
-    if (most == kMinusInfinity) most = most_score;  // no value, but a weight
-    int rise = 0;
-    const bool change = (unset || look || outlier) && most != kMinusInfinity;
-    if (change) rise = __float2int_rn(ceilf(most + expected - 16));
-    uint32_t sum = row_weights();
-    if (!unset && sum >= kMostSum / 2) {
-      rise = max(rise, 4);
-    } else if (!unset && rise < 0) {  // as far as the sum stays below kMostSum
-      rise = -min(-rise, max(__clz(int(sum)) - 3, 0));
+    return fminf(fmaxf(2.07f * spread + 0.22f * more + mean, 0), room + 0.08f * more);
+  }
+
+  // Moves references that are not chosen yet, that a weight exceeds, or that look() wants moved; `y` and the sums with
+  // them.
+  __device__ void move_references(const float (&v_scale)[kTiles][4], int left, float (&y)[kTiles][4]) {
+    // log2 of the row's largest weights w and p.
+    float weight[kTiles][4], most = kMinusInfinity, most_score = kMinusInfinity;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weight[t][i] = v_scale[t][i] > 0 ? y[t][i] + log2_approx(v_scale[t][i]) : kMinusInfinity;
+        most = fmaxf(most, weight[t][i]);
+        most_score = fmaxf(most_score, y[t][i]);
+      }
     }
-    if (__any_sync(kAll, !unset && (rise != 0 || look))) {
+    most = row_max(most);
+    const bool unset = (flags_ & kUnset) != 0;
+    float above = left > 1 ? 1.0f : 0.1f;
+    if (__any_sync(kAll, unset)) {
+      most_score = row_max(most_score);
+      const float expected = expected_rise(weight, most, left);
+      if (unset) above = expected + 0.1f;
+      if (unset && most == kMinusInfinity) most = most_score;  // no value, but a weight
+    }
+    int rise = 0, fall = -int(flags_ / kFall);
+    if (most >= 16 || (unset && most != kMinusInfinity)) rise = __float2int_rn(ceilf(most + above - 16));
+    uint32_t sum = row_weights();
+    if (!unset) {
+      if (fall != 0 && rise == 0) {
+        // Not so far that a weight of this step is too large, nor the sum.
+        rise = most == kMinusInfinity ? fall : max(fall, __float2int_rn(ceilf(most + 0.1f - 16)));
+        rise = -min(-rise, max(__clz(int(sum)) - 3, 0));
+      }
+      if (sum >= kMostSum / 2) rise = max(rise, 4);
+    }
+    if (__any_sync(kAll, !unset && (rise != 0 || (flags_ & kMove) != 0))) {
       const int shift = unset ? 0 : rise;
       shift_sums(shift);
       sum = shift >= 32 ? 0 : shift >= 0 ? sum >> shift : sum << -shift;
       sum_ = shift > 126 ? 0.0f : sum_ * __int_as_float((127 - shift) << 23);
-      weights_ = lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows ? sum : 0;
+      weights_ = uint32_t(steps_) * (4 * kTiles * kOne);
+      if (lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows) weights_ += sum;
       squares_ = shift > 60 ? 0.0f : squares_ * __int_as_float((127 - 2 * shift) << 23);
-      __syncwarp();
-      if (lane_index() == 0) states()[0].steps += run_;
-      __syncwarp();
-      run_ = 0;
     }
     shifted_ -= float(rise);
 #pragma unroll
@@ -879,16 +1017,14 @@ class WarpRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) y[t][i] -= float(rise);
     }
-    flags_ &= ~kLook;
-    if (change || gain_ == 0) flags_ &= ~kUnset;  // gain 0: no such row, or all its scores are equal
+    // gain 0: no such row, or all its scores are equal
+    flags_ = unset && most == kMinusInfinity && gain_ != 0 ? kUnset : 0;
   }
 
   // Divides all sums by 2^shift of their row. Low sums, of at most 255 * 127 * 32 a step, are carried to high ones before
   // 2 * kMostSteps steps.
   __device__ void shift_sums(int shift) {
-    const int before = states()[0].steps;
-    const bool simple =
-        !__any_sync(kAll, shift < 0 || shift > 16 || before / kMostSteps != (before + run_) / kMostSteps);
+    const bool simple = !__any_sync(kAll, shift < 0 || shift > 16 || steps_ % kMostSteps == 0);
     const bool is_low = !V::kEitherByte || lane_now() % 4 < 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -951,11 +1087,11 @@ class WarpRows {
   // Of the lane's row and keys.
   float shifted_;     // the row's offset less its reference
   float sum_;         // of p
-  uint32_t weights_;  // of w, with kOne for each of the steps of the run
+  uint32_t weights_;  // of w, with kOne for each of the steps
   float squares_;     // of the bits of every step's w: about twice the sum of w^2
   unsigned flags_;
   // The warp's.
-  int run_;  // steps since the references were changed
+  int steps_;  // of the item, taken
   typename V::Sums sums_;
 };
 
@@ -965,7 +1101,7 @@ class WarpRows {
 // code takes longer than running it.
 template <class Shape>
 __device__ __forceinline__ void write_partial(const AttentionCall &call, const AttentionRing &ring, uint8_t *memory,
-                                              int64_t slot_number, const WarpRows<Shape> &rows) {
+                                              const ListedItem &listed, const WarpRows<Shape> &rows) {
   constexpr int kRows = 2, kColumns = Shape::V::kColumns, kWarpScratch = Shape::kScratch;
   const int thread = thread_index_now(), lane = thread % 32, warp = thread / 32, head = warp % call.pack_heads;
   const Team team{warp / call.pack_heads, ring.teams};
@@ -985,7 +1121,8 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
   }
   group_barrier(1 + head, 32 * team.count);
   if (team.index == 0) {
-    uint8_t *slot = call.partials + slot_number * call.slot_bytes;
+    uint8_t *slot = call.partials + listed.slot * call.slot_bytes;
+    if (thread == 0 && listed.fault != 0) call.items[listed.slot].first_slot = 1;
     const int state_stride = call.pack_heads * Shape::kRows;
     if (lane < num_rows) {
       float most = kMinusInfinity, sum = 0;
@@ -1038,7 +1175,8 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
 
 template <class Shape>
 __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
-    attention_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ AttentionRing ring) {
+    attention_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ AttentionRing ring,
+                     const __grid_constant__ QueryWork queries) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   uint8_t *memory = static_cast<uint8_t *>(dynamic_shared());
   AttentionShared &shared = *reinterpret_cast<AttentionShared *>(memory + ring.shared_at);
@@ -1054,7 +1192,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   }
   barrier_init_fence();
   if (threadIdx.x == 0) shared.listed_before = 0;
-  __syncwarp();
+  __syncthreads();
   grid_dependency_wait();
   grid_dependency_launch();
   WarpRows<Shape> rows(call, reinterpret_cast<RowState *>(memory + ring.rows_at));
@@ -1062,29 +1200,25 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   uint32_t parity = 0;
 #pragma unroll 1
   for (;;) {
-    if (const int listing = thread_index_now(); listing < 32) {
-      const BlockItems block = call.block_items[blockIdx.x];
-      const int before = shared.listed_before, count = min(block.count - before, kMaxItems);
-      __syncwarp();
-      if (listing < count) {
-        ListedItem listed;
-        listed.slot = block.first + before + listing;
-        listed.item = call.items[listed.slot];
-        listed.sequence = read_sequence(call, listed.item.sequence, 0);
-        shared.items[listing] = listed;
-      }
-      if (listing == 0) shared.num_items = count, shared.listed_before = before + kMaxItems;
+    if (call.direct != 0) {
+      list_items(call, shared, shared.listed_before);
+    } else if (thread_index_now() < 32) {
+      read_items(call, shared, shared.listed_before);
     }
     __syncthreads();
-    if (shared.num_items <= 0) break;
-    if (head == 0) {
+    if (threadIdx.x == 0) shared.listed_before += kMaxItems;
+    if (head == 0 && shared.num_items > 0) {
 #pragma unroll 1
-      for (int first = 0; first <= kBatch; first += kBatch) find_steps(call, shared, table, team, first);
-      __syncwarp();
+      for (int first = 0; first <= kBatch; first += kBatch) {
+        find_steps(call, shared, table, team, first);
+        __syncwarp();
+        if (first > 0) break;
+        int to = stage;
 #pragma unroll 1
-      for (int n = 0, to = stage; n < ring.stages && table.address[n][0] != no_step(); ++n) {  // all stages are free
-        copy_step<Shape::kAny>(call, ring, shared, table, team, n, stages + to * ring.stage_bytes, &full[to]);
-        if (++to == ring.stages) to = 0;
+        for (int n = 0; n < ring.stages && table.address[n][0] != no_step(); ++n) {  // all stages are free
+          copy_step<Shape::kAny>(call, ring, shared, table, team, n, stages + to * ring.stage_bytes, &full[to]);
+          if (++to == ring.stages) to = 0;
+        }
       }
     }
     int n = 0, turn = 0;  // the next step, and whose turn it is to copy
@@ -1096,6 +1230,17 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       __syncwarp();
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
       int tile = tile_of(listed.item, team, 0);
+      if (call.direct != 0) {
+        // Where the head's partial results will be.
+        uint8_t *integers = memory + ring.scratch_at + head * ring.scratch_bytes;
+        if (team.index > 0) {
+          integers += (team.index - 1) * call.pack_heads * ring.scratch_bytes;
+        } else if (team.count > 1) {
+          integers += ring.scratch_bytes / 2;
+        }
+        prepare_queries<Shape>(call, queries, listed.item, head, team, reinterpret_cast<uint16_t *>(integers));
+        group_barrier(1 + head, 32 * team.count);
+      }
       rows.begin(listed, head, tile);
 #pragma unroll 1
       for (int left = steps_of(listed.item, team); left > 0; --left) {
@@ -1105,7 +1250,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         }
         barrier_wait(&full[stage], parity);
         rows.take(stages + stage * ring.stage_bytes + head * call.pool.tile_bytes, ring.tile_bytes, tile,
-                  table.exact[n % kTable], left == 1, [&] {
+                  table.exact[n % kTable], left, [&] {
                     // In turn: the step that takes the place of the one before.
                     if (turn == head && n > 0) {
                       const int next = n - 1 + ring.stages, free = stage == 0 ? ring.stages - 1 : stage - 1;
@@ -1124,8 +1269,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         tile += kStepTiles * team.count;
       }
       rows.end();
-      write_partial<Shape>(call, ring, memory, shared.items[shared.current[thread_index_now() / 32]].slot, rows);
+      write_partial<Shape>(call, ring, memory, shared.items[shared.current[thread_index_now() / 32]], rows);
     }
+    if (shared.more == 0) break;
     __syncthreads();
   }
 #endif
@@ -1152,7 +1298,7 @@ int load_attention() {
 }
 
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
-int launch_attention_of(const AttentionCall &call, void *stream) {
+int launch_attention_of(const AttentionCall &call, const QueryWork &queries, void *stream) {
   using Shape = decltype(shape_of<kDimK, kDimV, kBitsK, kBitsV, kBlocks>());
   AttentionRing ring{};
   ring.tile_bytes = call.pack_heads * call.pool.tile_bytes;
@@ -1161,7 +1307,9 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
   for (const int least_stages : {3, 2}) {  // with two, copies wait for each other
     for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
       const int warps = teams * call.pack_heads;
-      const int scratch = (warps - call.pack_heads) * Shape::kScratch * int(sizeof(float));
+      // With one team for queries alone.
+      ring.scratch_bytes = teams > 1 ? Shape::kScratch * int(sizeof(float)) : int(sizeof(RowIntegers));
+      const int scratch = std::max(teams - 1, 1) * call.pack_heads * ring.scratch_bytes;
       const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(StepTable));
       const int others = scratch + states + tables + int(sizeof(AttentionShared));
       ring.stages =
@@ -1173,7 +1321,8 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
       ring.tables_at = ring.rows_at + states;
       ring.shared_at = ring.tables_at + tables;
       return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks), unsigned(32 * warps),
-                              size_t(ring.shared_at) + sizeof(AttentionShared), stream, call, ring);
+                              size_t(ring.shared_at) + sizeof(AttentionShared), stream, call, ring,
+                              queries);
     }
   }
   return int(cudaErrorInvalidConfiguration);

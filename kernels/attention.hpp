@@ -14,6 +14,12 @@
 // last fastest; sequence s has segments sequence_segments[s] .. sequence_segments[s + 1] - 1, none if its rows are not
 // known.
 //
+// DIRECT. In a decode step of one token a sequence with at most 32 * pack_heads sequences there is no "prepare": blocks of
+// the main kernel list their items and make their queries' operands themselves, while the first pages are on their way.
+// Then segments are numbered by (sequence, head part, head pack), without gaps; main writes of `segments` first_slot and
+// end_slot alone, and what would be written to sequence_faults to first_slot of its items. sequence_states,
+// sequence_faults, sequence_segments and segment_units are not used.
+//
 // UNITS. A unit is the time that a tile of 16 tokens takes; a segment has kSegmentUnits for its beginning, if it has tiles,
 // and then one a tile. All units together, in the order of segments, are cut into `blocks` equal ranges, one a CUDA block:
 // block b has units [b N / blocks, (b + 1) N / blocks). With a fixed split a segment is not cut: it belongs to the block
@@ -49,7 +55,8 @@ inline constexpr float kLog2E = 0x1.715476p+0f;
 // A segment, or the part of one that a block has. Tiles [first_tile, end_tile); a segment without units has none.
 struct alignas(16) AttentionItem {
   int32_t sequence, token_block, head_part, head_pack, first_tile, end_tile;
-  int32_t first_slot, end_slot;  // of a segment: where its parts are, of an item 0
+  int32_t first_slot, end_slot;  // of a segment: where its parts are; of an item first_slot is not 0 where an id of a
+                                 // block was bad in a DIRECT call, else both are 0
 };
 
 // The items of a block are in slots first .. first + count - 1. Some may have no tiles.
@@ -99,6 +106,7 @@ struct AttentionCall {
   int32_t page_splits;                            // of pages; the others are of k_new
   int32_t blocks;                                 // at most kMaxAttentionBlocks
   int64_t max_segments;                           // max_segments + blocks is at most INT32_MAX / 2
+  int32_t direct;                                 // without "prepare"
 
   // Workspace.
   int32_t *sequence_states;     // [num_seqs]: SequenceState
@@ -135,6 +143,16 @@ struct alignas(16) QueryOrder {
   int16_t channel[kMaxDim];
 };
 
+// What is done to queries.
+struct QueryWork {
+  SideParams k;
+  QueryOrder order;
+  double gain;           // multiplied with the unit of a query's integers: of 2 byte + 1, or of byte / 32 - 3
+  const float *rotated;  // [num_tokens, q_heads, head_dim_k], with a dense rotation
+  int32_t per_lane;      // channels_per_lane()
+};
+QueryWork query_work(const AttentionCall &call, const SideParams &k, const float *rotated);
+
 enum SequenceState : int32_t {
   kGood = 0,
   kBadRows,    // its rows of q are not known: nothing is written
@@ -154,16 +172,14 @@ struct AttentionLimits {
 bool find_attention(const AttentionCall &call, int64_t rows, AttentionLimits *limits);
 // The order in which it reads queries.
 QueryOrder query_order(const AttentionCall &call);
-int launch_attention(const AttentionCall &call, void *stream);
+int launch_attention(const AttentionCall &call, const QueryWork &queries, void *stream);
 
 // Rows of a segment of the wide kernel for such a call, 0 if there is none; its launch.
 int find_wide_attention(const AttentionCall &call, int64_t rows);
 int launch_wide_attention(const AttentionCall &call, void *stream);
 
-// Before: queries, or with a dense rotation `rotated` [num_tokens, q_heads, head_dim_k], as operands; segments, items
-// and what is known of sequences.
-int launch_attention_prepare(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
-                             const float *rotated, void *stream);
+// Before: queries as operands; segments, items and what is known of sequences. Nothing in a DIRECT call.
+int launch_attention_prepare(const AttentionCall &call, const QueryWork &work, void *stream);
 // Queries as f32 rows [num_tokens, q_heads, head_dim_k], for a dense rotation.
 int launch_attention_widen(const AttentionCall &call, float *rows, void *stream);
 

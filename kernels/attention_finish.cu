@@ -66,15 +66,22 @@ __device__ bool find_rows(const AttentionCall &call, int first_row, BlockRows *r
   rows->first_row = first_row;
   rows->first_segment = int32_t(blockIdx.x) * call.splits;
   if (rows->first_segment >= call.max_segments) return false;
-  rows->segment = call.segments[rows->first_segment];
-  if (rows->first_segment >= call.sequence_segments[call.num_seqs]) return false;
-  const AttentionItem &segment = rows->segment;
-  if constexpr (kWholeSequence) {
+  AttentionItem &segment = rows->segment;
+  if (call.direct != 0) {
+    const uint32_t packs = uint32_t(call.head_packs), copies = uint32_t(call.head_parts) * packs;
+    const uint32_t s = blockIdx.x / copies, copy = blockIdx.x - s * copies;
+    segment = {int32_t(s), 0, int32_t(copy / packs), int32_t(copy % packs), 0, 0, 0, 0};
+  } else {
+    segment = call.segments[rows->first_segment];
+    if (rows->first_segment >= call.sequence_segments[call.num_seqs]) return false;
+  }
+  if (kWholeSequence || call.direct != 0) {
     rows->sequence = read_sequence(call, segment.sequence, 0);
   } else {
     const SequenceRows all = sequence_rows(call, segment.sequence);
     rows->sequence.begin = int32_t(all.begin);
     rows->sequence.q_len = int32_t(all.end - all.begin);
+    rows->sequence.state = call.sequence_states[segment.sequence];
   }
   rows->first_token = segment.token_block * call.block_tokens;
   rows->first_head = segment.head_part * call.block_heads;
@@ -102,13 +109,13 @@ struct Partials {
   int32_t first_slot;     // the others follow; -1: the first of the two numbers is the slot
   int32_t count;
 
-  // Of pages, or of k_new.
+  // Of pages, or of k_new. In a DIRECT call after the wait.
   __device__ Partials(const AttentionCall &call, const BlockRows &rows, bool of_new) {
     if (call.split_tiles == 0) {  // parts of one segment, in slots that follow each other
       first_slot = rows.segment.first_slot;
       int32_t end_slot = rows.segment.end_slot;
-      if (of_new) {
-        const AttentionItem &segment = call.segments[rows.first_segment + 1];
+      if (of_new || call.direct != 0) {
+        const AttentionItem &segment = call.segments[rows.first_segment + (of_new ? 1 : 0)];
         first_slot = segment.first_slot, end_slot = segment.end_slot;
       }
       count = end_slot - first_slot;
@@ -121,9 +128,10 @@ struct Partials {
   }
 };
 
-// By a warp, which takes row `row` of the block into the state and leaves factors for the chunk from `base` on.
+// By a warp, which takes row `row` of the block into the state and leaves factors for the chunk from `base` on; `fault` is
+// not 0 any more where a part has one.
 __device__ State take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials, int base,
-                             int row, State all, Factors &factors) {
+                             int row, State all, Factors &factors, int32_t &fault) {
   constexpr int kPerLane = kChunk / 32;
   const int lane = int(threadIdx.x) % 32, index = rows.head_in_pack * segment_rows(call) + rows.first_row + row;
   int2 places[kPerLane];
@@ -137,6 +145,7 @@ __device__ State take_states(const AttentionCall &call, const BlockRows &rows, c
     if (j >= partials.count || rows.first_row + row >= segment_rows(call)) continue;
     places[i] = *reinterpret_cast<const int2 *>(partials.places + int64_t{j} * (sizeof(AttentionItem) / 4));
     const int32_t slot = partials.first_slot < 0 ? places[i].x : partials.first_slot + j;
+    if (call.direct != 0) fault |= call.items[slot].first_slot;
     loaded[i] = reinterpret_cast<const float2 *>(call.partials + slot * call.slot_bytes)[index];
     if (row == 0) factors.slot[32 * i + lane] = slot;
   }
@@ -534,7 +543,7 @@ class RawPart {
 // ---- the kernel
 
 __device__ void count_sequence_faults(const AttentionCall &call) {
-  if (call.faults == nullptr || blockIdx.y != 0 || blockIdx.z != 0) return;
+  if (call.faults == nullptr || call.direct != 0 || blockIdx.y != 0 || blockIdx.z != 0) return;
 #pragma unroll 1
   for (int64_t s = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; s < call.num_seqs;
        s += int64_t{gridDim.x} * blockDim.x) {
@@ -674,8 +683,10 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   const int32_t s = rows.segment.sequence;
   // Faults that "attention" finds are seen after the wait; before, some threads may see them.
   const auto is_good = [&] {
-    return call.sequence_states[s] == kGood && *const_cast<const volatile int32_t *>(&call.sequence_faults[s]) == 0;
+    return rows.sequence.state == kGood &&
+           (call.direct != 0 || *const_cast<const volatile int32_t *>(&call.sequence_faults[s]) == 0);
   };
+  int32_t fault = 0;
   auto *memory = static_cast<uint8_t *>(dynamic_shared());
   [[maybe_unused]] float *raw_outputs = nullptr;
   [[maybe_unused]] const State *raw_states = nullptr;
@@ -689,8 +700,15 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
                                      reinterpret_cast<const void **>(memory + work.values),
                                      reinterpret_cast<float *>(memory + work.raw)};
     __shared__ bool usable;
-    if (threadIdx.x == 0) usable = is_good();
+    if (warp == 0) {
+      bool good = is_good();
+      if (good && call.direct != 0 && rows.sequence.exact_table != nullptr) {
+        good = !has_bad_exact(call, rows.sequence, lane);
+      }
+      if (lane == 0) usable = good;
+    }
     __syncthreads();
+    fault = rows.sequence.state == kGood && !usable;
     if (usable) {
       RawPart<kRawRows>(call, rows, shared, keys, positions, states, corrections).run();
       __syncthreads();
@@ -702,7 +720,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   bool of_new = call.splits > call.page_splits;  // k_new first, if "attention" read it
   Partials partials(call, rows, of_new);
   grid_dependency_wait();
-  const bool good = is_good();  // looked at last: it takes a while to load
+  bool good = is_good();  // looked at last: it takes a while to load
   float *sums = reinterpret_cast<float *>(memory + work.sums), *added = reinterpret_cast<float *>(memory + work.added);
   const uint8_t *outputs =
       call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
@@ -717,7 +735,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
 #pragma unroll 1
     for (int base = 0; base < count; base += kChunk) {
       if (base > 0) __syncthreads();
-      if (warp < work.rows) coded = take_states(call, rows, partials, base, warp, coded, factors);
+      if (warp < work.rows) coded = take_states(call, rows, partials, base, warp, coded, factors, fault);
       __syncthreads();
       float4 *own_sums = reinterpret_cast<float4 *>(sums) + warp * work.columns;
       const int chunk = min(count - base, kChunk);
@@ -740,6 +758,13 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     __syncthreads();
   }
   if (warp >= work.rows || !rows.has(call, warp)) return;
+  if (call.direct != 0) {
+    good = !__any_sync(kAll, fault != 0) && good;
+    const bool first = rows.kv_head + rows.first_head + rows.first_row + warp + lane == 0;
+    if (!good && first && call.faults != nullptr) {
+      count_fault(call.faults, rows.sequence.state != kGood ? TQ_FAULT_LENGTH : TQ_FAULT_BLOCK, s);
+    }
+  }
   const float *raw_out = nullptr;
   if constexpr (kRawRows > 0) {
     if (good) raw = raw_states[warp], raw_out = raw_outputs + warp * n;

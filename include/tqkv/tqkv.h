@@ -531,7 +531,7 @@ typedef struct tq_attention_args {
   int32_t out_type;
   int32_t reserved;
   int64_t out_token_stride, out_head_stride;
-  float *lse; /* optional [num_tokens, q_heads] */
+  float *lse; /* optional [num_tokens, q_heads]; to ask for it may change last bits of `out` */
 
   tq_faults *faults;
   void *workspace;

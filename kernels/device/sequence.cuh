@@ -162,4 +162,38 @@ __device__ inline bool none_exact(const AttentionCall &call, const Sequence &seq
          (low - sequence.start >= call.exact_first && high - 1 <= sequence.first_position - call.exact_recent);
 }
 
+// Whether a token of the sequence sees a key that is read from this column of the exact table.
+__device__ inline bool sees_exact(const AttentionCall &call, const Sequence &sequence, int64_t column) {
+  const int64_t size = call.exact.block_size, column_low = column * size, column_high = column_low + size;
+  const int64_t first_end = sequence.start + call.exact_first;
+  const int64_t recent_begin = sequence.first_position - call.exact_recent + 1;
+#pragma unroll 1
+  for (int32_t i = 0; i < sequence.q_len; ++i) {
+    const KeyRange keys = visible_keys(call, sequence, position(call, sequence, i));
+    const int64_t low = max(int64_t{keys.low}, column_low);
+    const int64_t high = min(int64_t{min(keys.high, sequence.coded_length)}, column_high);
+    if (low < min(high, first_end) || max(low, recent_begin) < high) return true;
+  }
+  return false;
+}
+
+// Whether a needed entry of the exact table is no block; by a warp.
+__device__ inline bool has_bad_exact(const AttentionCall &call, const Sequence &sequence, int lane) {
+  const int64_t size = call.exact.block_size;
+  const int64_t columns = min(call.exact_columns, (sequence.coded_length + size - 1) / size);
+  const int64_t first_columns = min(columns, (sequence.start + call.exact_first + size - 1) / size);
+  const int64_t recent_begin = sequence.first_position - call.exact_recent + 1;
+  const int64_t recent_column = max(first_columns, recent_begin > 0 ? recent_begin / size : 0);
+  bool bad = false;
+  const auto check = [&](int64_t low, int64_t high) {
+#pragma unroll 1
+    for (int64_t column = low + lane; column < high && !bad; column += 32) {
+      bad = sequence.exact_table[column] >= call.exact.num_blocks && sees_exact(call, sequence, column);
+    }
+  };
+  check(sequence.start / size, first_columns);
+  check(recent_column, columns);
+  return __any_sync(kAll, bad);
+}
+
 }  // namespace tqkv::cuda

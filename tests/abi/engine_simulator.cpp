@@ -1507,7 +1507,7 @@ void Engine::attend(const std::vector<Row> &rows, bool use_new, size_t layer) {
   count("attention");
   if (expected.lowest >= 0) return;
   if (r.chance(0.05)) {
-    const AttentionRun again = ::run(target_, codec_.get(), with_mistake(call, sequences), int(dv));
+    const AttentionRun again = ::run(target_, codec_.get(), with_mistake(call, sequences), int(dv), run.has_lse);
     expect(again.raw_out == run.raw_out, "a repeated tq_paged_attention gave other bits");
     count("repeated attention");
   }
@@ -1667,7 +1667,7 @@ void Engine::repeat_alone(const AttentionCall &call, const std::vector<QuerySequ
     if (other != s) alone.lengths[other] = 0;
   }
   const int dv = codec_view_->v.head_dim;
-  const AttentionRun second = ::run(target_, codec_.get(), with_mistake(alone, sequences), dv);
+  const AttentionRun second = ::run(target_, codec_.get(), with_mistake(alone, sequences), dv, run.has_lse);
   expect(second.faults.first == 0, "sequences of length 0 are no fault");
   const auto begin = int64_t(sequence.row0) * q_heads_ * dv, end = begin + int64_t(sequence.q_len) * q_heads_ * dv;
   expect(std::equal(run.out.begin() + begin, run.out.begin() + end, second.out.begin() + begin),

@@ -640,12 +640,12 @@ TEST_CASE("attention's sequences, tiles, queries and merge are what tqkv.h says"
       }
     }
 
-    QueryOrder order;
-    for (int i = 0; i < kMaxDim; ++i) order.channel[i] = int16_t(i < c.dim_k ? c.dim_k - 1 - i : -1);
     const auto &params = c.codec->cuda->params;
-    REQUIRE(launch_attention_prepare(c.call, params[0], order, nullptr, &stream) == 0);
+    QueryWork work = query_work(c.call, params[0], nullptr);
+    for (int i = 0; i < kMaxDim; ++i) work.order.channel[i] = int16_t(i < c.dim_k ? c.dim_k - 1 - i : -1);
+    REQUIRE(launch_attention_prepare(c.call, work, &stream) == 0);
     c.check_schedule();
-    c.check_queries(order);
+    c.check_queries(work.order);
 
     std::fill(c.out.bytes.begin(), c.out.bytes.end(), uint8_t{0x77});
     const float gain = 0.125f;
@@ -676,12 +676,12 @@ TEST_CASE("queries that are rotated elsewhere are the same operands") {
   Random random{std::mt19937_64(tqkv_test::seed())};
   Case c(random);
   char stream;
-  QueryOrder order;
-  for (int i = 0; i < kMaxDim; ++i) order.channel[i] = int16_t(i < c.dim_k ? i : -1);
   const size_t rows = size_t(c.call.num_tokens * c.call.q_heads);
   std::vector<float> rotated(rows * size_t(c.dim_k));
   REQUIRE(launch_attention_widen(c.call, rotated.data(), &stream) == 0);
   for (size_t row = 0; row < rows; ++row) tqkv::rotate(c.codec->k, rotated.data() + row * size_t(c.dim_k));
-  REQUIRE(launch_attention_prepare(c.call, c.codec->cuda->params[0], order, rotated.data(), &stream) == 0);
-  c.check_queries(order);
+  QueryWork work = query_work(c.call, c.codec->cuda->params[0], rotated.data());
+  for (int i = 0; i < kMaxDim; ++i) work.order.channel[i] = int16_t(i < c.dim_k ? i : -1);
+  REQUIRE(launch_attention_prepare(c.call, work, &stream) == 0);
+  c.check_queries(work.order);
 }
