@@ -12,14 +12,14 @@ namespace tqkv::cuda {
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
 int load_attention();
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
-int launch_attention_of(const AttentionCall &call, const QueryWork &queries, void *stream);
+int launch_attention_of(const AttentionCall &call, void *stream);
 
 namespace {
 
 struct AttentionKernel {
   int dim_k, dim_v, bits_k, bits_v, blocks;
   int (*load)();
-  int (*launch)(const AttentionCall &, const QueryWork &, void *);
+  int (*launch)(const AttentionCall &, void *);
 };
 
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
@@ -98,9 +98,9 @@ QueryOrder query_order(const AttentionCall &call) {
   return order_of_any<64, 80, 96, 112, 128, 192, 256>(call);
 }
 
-int launch_attention(const AttentionCall &call, const QueryWork &queries, void *stream) {
+int launch_attention(const AttentionCall &call, void *stream) {
   const AttentionKernel *kernel = find(call, int64_t{call.max_q_len} * call.group);
-  return kernel == nullptr ? int(cudaErrorInvalidValue) : kernel->launch(call, queries, stream);
+  return kernel == nullptr ? int(cudaErrorInvalidValue) : kernel->launch(call, stream);
 }
 
 int load_attention_kernels() {

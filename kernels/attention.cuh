@@ -23,7 +23,6 @@
 #include "kernels/attention.hpp"
 #include "kernels/device/launch.cuh"
 #include "kernels/device/operands.cuh"
-#include "kernels/device/query.cuh"
 #include "kernels/device/sequence.cuh"
 #include "kernels/device/vector.cuh"
 
@@ -34,6 +33,7 @@ inline constexpr int kMostSteps = 512;  // a power of two; a step past its multi
 inline constexpr int kMaxItems = 16, kMaxStages = 64;
 // Steps whose places are looked up at a time, a lane a tile, and kept.
 inline constexpr int kBatch = 32 / kStepTiles, kTable = 4 * kBatch;
+inline constexpr int kMostTeamStages = kBatch - 4;  // those of steps that are looked up in time
 inline constexpr int kAttentionSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr float kMinusInfinity = -INFINITY;
 
@@ -43,7 +43,7 @@ struct AttentionRing {
   int32_t tile_bytes, stage_bytes;  // of a tile of all heads, of a stage: a multiple of 128
   int32_t in_one_copy;              // the heads of a tile are adjacent
   int32_t scratch_at, rows_at, tables_at, shared_at;
-  int32_t scratch_bytes;  // of a warp
+  int32_t outputs_at;  // partial_outputs() of a slot
 };
 
 struct ListedItem {
@@ -118,7 +118,7 @@ __device__ __forceinline__ void list_items(const AttentionCall &call, AttentionS
     sequence = read_sequence(call, s, 0);
     range = tile_range(call, sequence, 0);
   }
-  const uint32_t units = range.first < range.end ? uint32_t(range.end - range.first + kSegmentUnits) : 0;
+  const uint32_t units = range.first < range.end ? uint32_t(range.end - range.first + call.item_units) : 0;
   uint64_t sum = uint64_t{units} * copies + (uint64_t{units > 0 ? copies : 0} << kUnitBits);
   const uint64_t own = sum;
 #pragma unroll 1
@@ -158,11 +158,11 @@ __device__ __forceinline__ void list_items(const AttentionCall &call, AttentionS
       const uint32_t segment = uint32_t(s) * copies + copy;
       const uint32_t from = low > first_unit ? uint32_t(low - first_unit) : 0;
       const uint32_t to = uint32_t(min(high - first_unit, uint64_t{units}));
-      const int first = max(int(from) - kSegmentUnits, 0);
+      const int first = max(int(from) - call.item_units, 0);
       ListedItem listed;
       listed.slot = int32_t(blockIdx.x + segment);
       listed.item = {s, 0, int32_t(copy / packs), int32_t(copy % packs), range.first + first,
-                     range.first + max(int(to) - kSegmentUnits, first), 0, 0};
+                     range.first + max(int(to) - call.item_units, first), 0, 0};
       listed.sequence = sequence;
       listed.fault = 0;
       if (low < high) {
@@ -261,6 +261,8 @@ __device__ inline void find_steps(const AttentionCall &call, AttentionShared &sh
     at = whole_tile(call, sequence, tile);
   } else {
     const int tiles = pool.block_size / kTileTokens, block = tile / tiles, id = sequence.table[block];
+    const int later = min(tile + kBatch * kStepTiles * team.count, listed.item.end_tile - 1);
+    prefetch(&sequence.table[later / tiles]);
     bad = id < 0 || id >= pool.num_blocks;
     if (!bad) at = pool.base + id * pool.block_stride + (tile - block * tiles) * pool.tile_stride;
   }
@@ -614,22 +616,6 @@ struct AttentionShape {
 };
 
 // ---- one warp's rows
-
-// In a DIRECT call: the operands of the item's rows of a kv head, which the teams of that head divide among them.
-template <class Shape>
-__device__ __forceinline__ void prepare_queries(const AttentionCall &call, const QueryWork &queries,
-                                             const AttentionItem &item, int pack_head, Team team, uint16_t *integers) {
-  constexpr int kPerLane = Shape::kHeadDimK / 32;
-  if constexpr (Shape::kHeadDimK == 32 * kPerLane && (kPerLane & (kPerLane - 1)) == 0) {
-#pragma unroll 1
-    for (int row = team.index; row < call.block_heads; row += team.count) {
-      const int in_group = item.head_part * call.block_heads + row;
-      if (in_group >= call.group) break;
-      const int head = (item.head_pack * call.pack_heads + pack_head) * call.group + in_group;
-      prepare_narrow_row<kPerLane>(call, queries, item.sequence * call.q_heads + head, lane_index(), integers);
-    }
-  }
-}
 
 // Describes the rows of a warp's kv head, lanes 0 .. 7 one each; gives the item's tiles [x, y) that are visible to every
 // row, and coded.
@@ -1160,7 +1146,7 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
         }
       }
     }
-    float *to = reinterpret_cast<float *>(slot + partial_outputs(call.pack_heads, num_rows)) +
+    float *to = reinterpret_cast<float *>(slot + ring.outputs_at) +
                 int64_t{head} * num_rows * Shape::kHeadDimV;
     rows.for_each_channel([&](int i, int channel) {
 #pragma unroll
@@ -1175,8 +1161,7 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
 
 template <class Shape>
 __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
-    attention_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ AttentionRing ring,
-                     const __grid_constant__ QueryWork queries) {
+    attention_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ AttentionRing ring) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   uint8_t *memory = static_cast<uint8_t *>(dynamic_shared());
   AttentionShared &shared = *reinterpret_cast<AttentionShared *>(memory + ring.shared_at);
@@ -1190,10 +1175,10 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     barrier_init(&shared.full[i], 1);
     barrier_init(&shared.empty[i], uint32_t(call.pack_heads));
   }
-  barrier_init_fence();
   if (threadIdx.x == 0) shared.listed_before = 0;
+  barrier_init_fence();
   __syncthreads();
-  grid_dependency_wait();
+  if (call.direct == 0) grid_dependency_wait();
   grid_dependency_launch();
   WarpRows<Shape> rows(call, reinterpret_cast<RowState *>(memory + ring.rows_at));
   int stage = 0;  // of the next step, and the parity of its barriers' phase
@@ -1208,20 +1193,16 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     __syncthreads();
     if (threadIdx.x == 0) shared.listed_before += kMaxItems;
     if (head == 0 && shared.num_items > 0) {
+      find_steps(call, shared, table, team, 0);
+      __syncwarp();
 #pragma unroll 1
-      for (int first = 0; first <= kBatch; first += kBatch) {
-        find_steps(call, shared, table, team, first);
-        __syncwarp();
-        if (first > 0) break;
-        int to = stage;
-#pragma unroll 1
-        for (int n = 0; n < ring.stages && table.address[n][0] != no_step(); ++n) {  // all stages are free
-          copy_step<Shape::kAny>(call, ring, shared, table, team, n, stages + to * ring.stage_bytes, &full[to]);
-          if (++to == ring.stages) to = 0;
-        }
+      for (int n = 0, to = stage; n < ring.stages && table.address[n][0] != no_step(); ++n) {  // all stages are free
+        copy_step<Shape::kAny>(call, ring, shared, table, team, n, stages + to * ring.stage_bytes, &full[to]);
+        if (++to == ring.stages) to = 0;
       }
     }
-    int n = 0, turn = 0;  // the next step, and whose turn it is to copy
+    grid_dependency_wait();  // for queries
+    int n = 0, turn = 0;     // the next step, and whose turn it is to copy
 #pragma unroll 1
     for (int i = 0; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
       const ListedItem &listed = shared.items[i];
@@ -1230,22 +1211,11 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       __syncwarp();
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
       int tile = tile_of(listed.item, team, 0);
-      if (call.direct != 0) {
-        // Where the head's partial results will be.
-        uint8_t *integers = memory + ring.scratch_at + head * ring.scratch_bytes;
-        if (team.index > 0) {
-          integers += (team.index - 1) * call.pack_heads * ring.scratch_bytes;
-        } else if (team.count > 1) {
-          integers += ring.scratch_bytes / 2;
-        }
-        prepare_queries<Shape>(call, queries, listed.item, head, team, reinterpret_cast<uint16_t *>(integers));
-        group_barrier(1 + head, 32 * team.count);
-      }
       rows.begin(listed, head, tile);
 #pragma unroll 1
       for (int left = steps_of(listed.item, team); left > 0; --left) {
-        if (n % kBatch == 0 && n > 0 && head == 0) {
-          find_steps(call, shared, table, team, n + kBatch);
+        if (n % kBatch == 1 && head == 0) {
+          find_steps(call, shared, table, team, n - 1 + kBatch);
           __syncwarp();
         }
         barrier_wait(&full[stage], parity);
@@ -1298,22 +1268,21 @@ int load_attention() {
 }
 
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
-int launch_attention_of(const AttentionCall &call, const QueryWork &queries, void *stream) {
+int launch_attention_of(const AttentionCall &call, void *stream) {
   using Shape = decltype(shape_of<kDimK, kDimV, kBitsK, kBitsV, kBlocks>());
   AttentionRing ring{};
   ring.tile_bytes = call.pack_heads * call.pool.tile_bytes;
   ring.stage_bytes = (kStepTiles * ring.tile_bytes + 127) / 128 * 128;
   ring.in_one_copy = call.pool.head_stride == call.pool.tile_bytes;
+  ring.outputs_at = int32_t(partial_outputs(call.pack_heads, call.block_tokens * call.block_heads));
   for (const int least_stages : {3, 2}) {  // with two, copies wait for each other
     for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
       const int warps = teams * call.pack_heads;
-      // With one team for queries alone.
-      ring.scratch_bytes = teams > 1 ? Shape::kScratch * int(sizeof(float)) : int(sizeof(RowIntegers));
-      const int scratch = std::max(teams - 1, 1) * call.pack_heads * ring.scratch_bytes;
+      const int scratch = (warps - call.pack_heads) * Shape::kScratch * int(sizeof(float));
       const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(StepTable));
       const int others = scratch + states + tables + int(sizeof(AttentionShared));
       ring.stages =
-          std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, 12));
+          std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, kMostTeamStages));
       if (ring.stages < least_stages) continue;
       ring.teams = teams;
       ring.scratch_at = teams * ring.stages * ring.stage_bytes;
@@ -1321,8 +1290,7 @@ int launch_attention_of(const AttentionCall &call, const QueryWork &queries, voi
       ring.tables_at = ring.rows_at + states;
       ring.shared_at = ring.tables_at + tables;
       return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks), unsigned(32 * warps),
-                              size_t(ring.shared_at) + sizeof(AttentionShared), stream, call, ring,
-                              queries);
+                              size_t(ring.shared_at) + sizeof(AttentionShared), stream, call, ring);
     }
   }
   return int(cudaErrorInvalidConfiguration);

@@ -14,13 +14,13 @@
 // last fastest; sequence s has segments sequence_segments[s] .. sequence_segments[s + 1] - 1, none if its rows are not
 // known.
 //
-// DIRECT. In a decode step of one token a sequence with at most 32 * pack_heads sequences there is no "prepare": blocks of
-// the main kernel list their items and make their queries' operands themselves, while the first pages are on their way.
-// Then segments are numbered by (sequence, head part, head pack), without gaps; main writes of `segments` first_slot and
-// end_slot alone, and what would be written to sequence_faults to first_slot of its items. sequence_states,
-// sequence_faults, sequence_segments and segment_units are not used.
+// DIRECT. In a decode step of one token a sequence with at most 32 * pack_heads sequences "prepare" has nothing to do but
+// queries: blocks of the main kernel list their items themselves, and find their first pages, meanwhile. Then segments are
+// numbered by (sequence, head part, head pack), without gaps; of `segments` only first_slot and end_slot are written, and
+// what would be written to sequence_faults to first_slot of items. sequence_states, sequence_faults, sequence_segments,
+// segment_units and block_items are not used.
 //
-// UNITS. A unit is the time that a tile of 16 tokens takes; a segment has kSegmentUnits for its beginning, if it has tiles,
+// UNITS. A unit is the time that a tile of 16 tokens takes; a segment has item_units for its beginning, if it has tiles,
 // and then one a tile. All units together, in the order of segments, are cut into `blocks` equal ranges, one a CUDA block:
 // block b has units [b N / blocks, (b + 1) N / blocks). With a fixed split a segment is not cut: it belongs to the block
 // that has its first unit. "Prepare" lists what each block has.
@@ -49,7 +49,8 @@ struct AttentionPool {
 };
 
 inline constexpr int kMaxAttentionBlocks = 512;
-inline constexpr int kSegmentUnits = 12;  // measured on an H200: what an item more costs a block
+// Bytes of codes whose time, on an H200, is that of an item more in a block.
+inline constexpr int kItemBytes = 52 << 10;
 inline constexpr float kLog2E = 0x1.715476p+0f;
 
 // A segment, or the part of one that a block has. Tiles [first_tile, end_tile); a segment without units has none.
@@ -106,7 +107,8 @@ struct AttentionCall {
   int32_t page_splits;                            // of pages; the others are of k_new
   int32_t blocks;                                 // at most kMaxAttentionBlocks
   int64_t max_segments;                           // max_segments + blocks is at most INT32_MAX / 2
-  int32_t direct;                                 // without "prepare"
+  int32_t item_units;                             // what an item more costs a block
+  int32_t direct;
 
   // Workspace.
   int32_t *sequence_states;     // [num_seqs]: SequenceState
@@ -143,16 +145,6 @@ struct alignas(16) QueryOrder {
   int16_t channel[kMaxDim];
 };
 
-// What is done to queries.
-struct QueryWork {
-  SideParams k;
-  QueryOrder order;
-  double gain;           // multiplied with the unit of a query's integers: of 2 byte + 1, or of byte / 32 - 3
-  const float *rotated;  // [num_tokens, q_heads, head_dim_k], with a dense rotation
-  int32_t per_lane;      // channels_per_lane()
-};
-QueryWork query_work(const AttentionCall &call, const SideParams &k, const float *rotated);
-
 enum SequenceState : int32_t {
   kGood = 0,
   kBadRows,    // its rows of q are not known: nothing is written
@@ -172,14 +164,16 @@ struct AttentionLimits {
 bool find_attention(const AttentionCall &call, int64_t rows, AttentionLimits *limits);
 // The order in which it reads queries.
 QueryOrder query_order(const AttentionCall &call);
-int launch_attention(const AttentionCall &call, const QueryWork &queries, void *stream);
+int launch_attention(const AttentionCall &call, void *stream);
 
 // Rows of a segment of the wide kernel for such a call, 0 if there is none; its launch.
 int find_wide_attention(const AttentionCall &call, int64_t rows);
 int launch_wide_attention(const AttentionCall &call, void *stream);
 
-// Before: queries as operands; segments, items and what is known of sequences. Nothing in a DIRECT call.
-int launch_attention_prepare(const AttentionCall &call, const QueryWork &work, void *stream);
+// Before: queries, or with a dense rotation `rotated` [num_tokens, q_heads, head_dim_k], as operands; and if the call is
+// not DIRECT segments, items and what is known of sequences.
+int launch_attention_prepare(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
+                             const float *rotated, void *stream);
 // Queries as f32 rows [num_tokens, q_heads, head_dim_k], for a dense rotation.
 int launch_attention_widen(const AttentionCall &call, float *rows, void *stream);
 

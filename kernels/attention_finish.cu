@@ -718,6 +718,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   }
 
   bool of_new = call.splits > call.page_splits;  // k_new first, if "attention" read it
+  if (call.direct != 0) grid_dependency_wait();
   Partials partials(call, rows, of_new);
   grid_dependency_wait();
   bool good = is_good();  // looked at last: it takes a while to load

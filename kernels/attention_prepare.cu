@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "kernels/device/launch.cuh"
-#include "kernels/device/query.cuh"
+#include "kernels/device/rotation.cuh"
 #include "kernels/device/sequence.cuh"
 #include "kernels/inst.hpp"
 
@@ -13,6 +13,7 @@ namespace tqkv::cuda {
 namespace {
 
 constexpr int kPrepareWarps = 8, kPrepareThreads = 32 * kPrepareWarps;
+constexpr int kMostQuery = 32639;         // 127 * 256 + 127: both bytes of it and of its negative are signed ones
 constexpr int64_t kMostBlocks = 1 << 20;  // rows beyond these are reached by steps of the grid
 
 // ---- the schedule
@@ -99,7 +100,7 @@ __device__ int64_t number_units(const AttentionCall &call, Schedule &shared, int
                                       : new_tile_range(call, sequence, int32_t(block));
           call.segments[i] = {
               s, int32_t(block), int32_t(copy / packs), int32_t(copy % packs), range.first, range.end, 0, 0};
-          own = range.first < range.end ? range.end - range.first + kSegmentUnits : 0;
+          own = range.first < range.end ? range.end - range.first + call.item_units : 0;
         }
       }
       int64_t to_own = own;
@@ -189,9 +190,9 @@ __device__ void write_schedule(const AttentionCall &call, Schedule &shared) {
     item.token_block = from->token_block;
     item.head_part = from->head_part;
     item.head_pack = from->head_pack;
-    const int32_t first = max(int32_t(low - begin) - kSegmentUnits, 0);
+    const int32_t first = max(int32_t(low - begin) - call.item_units, 0);
     item.first_tile = from->first_tile + first;
-    item.end_tile = from->first_tile + max(int32_t(high - begin) - kSegmentUnits, first);
+    item.end_tile = from->first_tile + max(int32_t(high - begin) - call.item_units, first);
     call.items[slot] = item;
     if (item.first_tile == item.end_tile) continue;
     atomicMin(&shared.first_slot[b], slot);
@@ -220,10 +221,61 @@ __device__ void check_sequence(const AttentionCall &call, int64_t s, int lane) {
 
 // ---- queries
 
-// What a warp needs for a row of any head_dim.
+// What a warp needs: of any head_dim, or integers of one that rotates in registers.
 struct RowScratch {
   float x[kMaxDim], other[kMaxDim];
 };
+constexpr int kMostInRegisters = 256;
+using RowIntegers = uint16_t[kMostInRegisters];
+
+// Multiplied with the unit of a query's integers: of 2 byte + 1, or of byte / 32 - 3.
+double query_gain(const AttentionCall &call, const SideParams &k) {
+  const double gain = double(call.scale) * double(kLog2E) * (k.bits == kRawBits ? 1.0 : double(k.decode_gain));
+  if (call.wide_rows > 0) return gain;
+  return call.k_uniform ? gain / 32 : gain * 2;
+}
+
+// A row's integers: Q = y / unit, rounded.
+struct Quantizer {
+  float unit;  // 0 where all are 0
+  float up, inverse;
+  bool finite;
+
+  // `largest`: the bits of the largest |y|.
+  __device__ explicit Quantizer(uint32_t largest) {
+    largest = __reduce_max_sync(kAll, largest);
+    finite = largest < 0x7f800000;
+    unit = finite ? __uint_as_float(largest) * (1.0f / float(kMostQuery)) : 0.0f;
+    up = unit < 0x1p-100f ? 0x1p64f : 1.0f;  // the inverse of what is subnormal may be no number
+    inverse = unit == 0 ? 0.0f : reciprocal_approx(unit * up);
+  }
+  __device__ int32_t operator()(float y) const {
+    return min(max(__float2int_rn(y * up * inverse), -kMostQuery), kMostQuery);  // of a NaN 0
+  }
+};
+
+// Both bytes of an integer, which are signed: the lower one as it is, the upper one of what is left.
+__device__ uint32_t bytes_of(int32_t q) {
+  return uint32_t((q + 128) & 0xff00) | uint32_t(q & 0xff);
+}
+
+// Writes a word of high bytes and one of low bytes.
+__device__ void write_words(uint8_t *operand, int word, const uint32_t (&bytes)[4]) {
+  const uint32_t first = bytes[0] | bytes[1] << 16, second = bytes[2] | bytes[3] << 16;
+  reinterpret_cast<uint2 *>(operand)[word] =
+      make_uint2(__byte_perm(first, second, 0x7531), __byte_perm(first, second, 0x6420));
+}
+
+__device__ void write_query_row(const AttentionCall &call, int32_t row, int lane, double gain,
+                                const Quantizer &quantizer, int32_t sum, float offset) {
+  sum = __reduce_add_sync(kAll, sum);
+  if (lane != 0) return;
+  const int32_t bias = call.k_uniform ? -96 * sum : sum / 2, bias_low = int8_t(bias);
+  const float row_gain = quantizer.finite ? float(gain * double(quantizer.unit)) : __int_as_float(0x7fc00000);
+  static_assert(sizeof(QueryRow) == sizeof(int4));
+  reinterpret_cast<int4 *>(call.query_rows)[row] = make_int4(
+      __float_as_int(row_gain), __float_as_int(offset * (call.scale * kLog2E)), (bias - bias_low) / 256, bias_low);
+}
 
 // ---- queries of the wide kernels
 
@@ -296,28 +348,91 @@ __device__ void copy_new_row(const AttentionCall &call, int32_t row, int lane, i
   for (int c = lane; c < call.head_dim_k; c += 32) to[c] = from[c] ^ sign;
 }
 
+// Where a row of queries is.
+struct QueryPlace {
+  int64_t at;               // in q
+  const float *key_offset;  // null: none
+  uint8_t *operand;
+
+  __device__ QueryPlace(const AttentionCall &call, int32_t row) {
+    const uint32_t token = uint32_t(row) / uint32_t(call.q_heads), head = uint32_t(row) % uint32_t(call.q_heads);
+    operand = call.query_operands + row * (2 * int64_t{call.operand_bytes});
+    at = token * call.q.token_stride + head * call.q.head_stride;
+    key_offset = call.key_offset;
+    if (key_offset != nullptr) key_offset += int64_t{head / uint32_t(call.group)} * call.head_dim_k;
+  }
+};
+
 // A row of 32 * kPerLane channels.
 template <int kPerLane>
-__device__ __forceinline__ void prepare_row(const AttentionCall &call, const QueryWork &work, int32_t row, int lane,
+__device__ __forceinline__ void prepare_row(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
+                                            const float *rotated, double gain, int32_t row, int lane,
                                             RowIntegers &integers) {
-  if (call.wide_rows == 0) return prepare_narrow_row<kPerLane>(call, work, row, lane, integers);
   const QueryPlace place(call, row);
-  float x[kPerLane];
-  const float offset = load_query_row(call, work, place, row, lane, x);
-  const WideRow wide(call, work.gain, largest_of(x));
   const int first = kPerLane * lane;
+  constexpr int kWords = 8 * kPerLane;
+  using Channels = Neighbours<int16_t, 4>;  // of a word
+  Channels channels[(kWords + 31) / 32];
 #pragma unroll
-  for (int i = 0; i < kPerLane; i += 2) wide.store(row, first + i, x[i], x[i + 1]);
-  wide.store_gain(row, lane, offset);
-  copy_new_row(call, row, lane, place.at);
+  for (int i = 0; i < (kWords + 31) / 32; ++i) {  // before there is something to wait for
+    const int word = min(lane + 32 * i, kWords - 1);
+    channels[i] = *reinterpret_cast<const Channels *>(order.channel + 4 * word);
+  }
+  float x[kPerLane], offset = 0;
+  if (rotated == nullptr || place.key_offset != nullptr) {
+    load_neighbours(call.q.data, call.q.type, call.q.aligned != 0, place.at + first, x);
+  }
+  if (place.key_offset != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) offset = __fmaf_rn(x[i], place.key_offset[first + i], offset);
+    offset = warp_sum(offset);
+  }
+  if (rotated != nullptr) {
+    load_neighbours(rotated, TQ_TYPE_F32, true, int64_t{row} * (32 * kPerLane) + first, x);
+  } else {
+    rotate(k, lane, x);
+  }
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) largest = max(largest, __float_as_uint(x[i]) & 0x7fffffff);
+  if (call.wide_rows > 0) {
+    const WideRow wide(call, gain, largest);
+#pragma unroll
+    for (int i = 0; i < kPerLane; i += 2) wide.store(row, first + i, x[i], x[i + 1]);
+    wide.store_gain(row, lane, offset);
+    copy_new_row(call, row, lane, place.at);
+    return;
+  }
+  const Quantizer quantizer(largest);
+  int32_t sum = 0;
+  Neighbours<uint16_t, kPerLane> bytes;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int32_t q = quantizer(x[i]);
+    sum += q;
+    bytes.of[i] = uint16_t(bytes_of(q));
+  }
+  *reinterpret_cast<Neighbours<uint16_t, kPerLane> *>(integers + first) = bytes;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < (kWords + 31) / 32; ++i) {
+    if (lane + 32 * i >= kWords) break;
+    uint32_t operand[4];
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte) {
+      const int channel = channels[i].of[byte];
+      operand[byte] = channel < 0 ? 0 : integers[channel];
+    }
+    write_words(place.operand, lane + 32 * i, operand);
+  }
+  write_query_row(call, row, lane, gain, quantizer, sum, offset);
+  __syncwarp();
 }
 
 // A row of any head_dim.
-__device__ void prepare_any_row(const AttentionCall &call, const QueryWork &work, int32_t row, int lane,
-                                RowScratch &s) {
+__device__ void prepare_any_row(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
+                                const float *rotated, double gain, int32_t row, int lane, RowScratch &s) {
   const QueryPlace place(call, row);
-  const SideParams &k = work.k;
-  const float *rotated = work.rotated;
   const int n = k.head_dim;
   float offset = 0;
 #pragma unroll 1
@@ -334,7 +449,7 @@ __device__ void prepare_any_row(const AttentionCall &call, const QueryWork &work
 #pragma unroll 1
   for (int c = lane; c < n; c += 32) largest = max(largest, __float_as_uint(s.x[c]) & 0x7fffffff);
   if (call.wide_rows > 0) {
-    const WideRow wide(call, work.gain, largest);
+    const WideRow wide(call, gain, largest);
 #pragma unroll 1
     for (int c = 2 * lane; c < n; c += 64) wide.store(row, c, s.x[c], s.x[c + 1]);
     wide.store_gain(row, lane, offset);
@@ -356,12 +471,12 @@ __device__ void prepare_any_row(const AttentionCall &call, const QueryWork &work
   for (int word = lane; word < call.operand_bytes / 4; word += 32) {
     uint32_t operand[4];
     for (int i = 0; i < 4; ++i) {
-      const int channel = work.order.channel[4 * word + i];
+      const int channel = order.channel[4 * word + i];
       operand[i] = channel < 0 ? 0 : bytes[channel];
     }
     write_words(place.operand, word, operand);
   }
-  write_query_row(call, row, lane, work.gain, quantizer, sum, offset);
+  write_query_row(call, row, lane, gain, quantizer, sum, offset);
   __syncwarp();
 }
 
@@ -369,19 +484,27 @@ __device__ void prepare_any_row(const AttentionCall &call, const QueryWork &work
 
 constexpr size_t kPrepareBytes = std::max(sizeof(Schedule), kPrepareWarps * sizeof(RowScratch));
 
-// The first block makes the schedule, so that it starts before the others; the next `row_blocks` take rows, what is
-// left sequences.
+// What the kernel is given beside the call.
+struct PrepareWork {
+  const float *rotated;
+  double gain;
+  int32_t row_blocks, per_lane;  // per_lane: channels_per_lane()
+};
+
+// If the call is not DIRECT the first block makes the schedule, so that it starts before the others; the next `row_blocks`
+// take rows, what is left sequences.
 __global__ void __launch_bounds__(kPrepareThreads)
-    attention_prepare_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ QueryWork work,
-                             const __grid_constant__ int row_blocks) {
+    attention_prepare_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams k,
+                             const __grid_constant__ QueryOrder order, const __grid_constant__ PrepareWork work) {
   alignas(16) __shared__ uint8_t memory[kPrepareBytes];
   grid_dependency_wait();
   grid_dependency_launch();
-  if (blockIdx.x == 0) return write_schedule(call, *reinterpret_cast<Schedule *>(memory));
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, block = int(blockIdx.x) - 1;
-  if (block >= row_blocks) {
-    const int sequence_blocks = int(gridDim.x) - 1 - row_blocks;
-    for (int64_t s = int64_t{block - row_blocks} * kPrepareWarps + warp; s < call.num_seqs;
+  const int before_rows = call.direct != 0 ? 0 : 1;
+  if (int(blockIdx.x) < before_rows) return write_schedule(call, *reinterpret_cast<Schedule *>(memory));
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, block = int(blockIdx.x) - before_rows;
+  if (block >= work.row_blocks) {
+    const int sequence_blocks = int(gridDim.x) - before_rows - work.row_blocks;
+    for (int64_t s = int64_t{block - work.row_blocks} * kPrepareWarps + warp; s < call.num_seqs;
          s += int64_t{sequence_blocks} * kPrepareWarps) {
       check_sequence(call, s, lane);
     }
@@ -390,15 +513,15 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int32_t rows = call.num_tokens * call.q_heads;
   RowIntegers &integers = reinterpret_cast<RowIntegers *>(memory)[warp];
 #pragma unroll 1
-  for (int32_t row = block * kPrepareWarps + warp; row < rows; row += row_blocks * kPrepareWarps) {
+  for (int32_t row = block * kPrepareWarps + warp; row < rows; row += work.row_blocks * kPrepareWarps) {
     if (work.per_lane == 4) {
-      prepare_row<4>(call, work, row, lane, integers);
+      prepare_row<4>(call, k, order, work.rotated, work.gain, row, lane, integers);
     } else if (work.per_lane == 2) {
-      prepare_row<2>(call, work, row, lane, integers);
+      prepare_row<2>(call, k, order, work.rotated, work.gain, row, lane, integers);
     } else if (work.per_lane == 8) {
-      prepare_row<8>(call, work, row, lane, integers);
+      prepare_row<8>(call, k, order, work.rotated, work.gain, row, lane, integers);
     } else {
-      prepare_any_row(call, work, row, lane, reinterpret_cast<RowScratch *>(memory)[warp]);
+      prepare_any_row(call, k, order, work.rotated, work.gain, row, lane, reinterpret_cast<RowScratch *>(memory)[warp]);
     }
   }
 }
@@ -422,18 +545,14 @@ int blocks_of(int64_t warps) {
 
 }  // namespace
 
-QueryWork query_work(const AttentionCall &call, const SideParams &k, const float *rotated) {
-  const double gain = double(call.scale) * double(kLog2E) * (k.bits == kRawBits ? 1.0 : double(k.decode_gain));
-  return {k, query_order(call), call.wide_rows > 0 ? gain : call.k_uniform != 0 ? gain / 32 : gain * 2, rotated,
-          channels_per_lane(k)};
-}
-
-int launch_attention_prepare(const AttentionCall &call, const QueryWork &work, void *stream) {
-  if (call.num_seqs == 0 || call.direct != 0) return 0;
-  const int row_blocks = blocks_of(int64_t{call.num_tokens} * call.q_heads);
-  const int sequence_blocks = call.exact.base != nullptr ? blocks_of(call.num_seqs) : 0;
-  return launch_dependent(attention_prepare_kernel, unsigned(1 + row_blocks + sequence_blocks), kPrepareThreads, 0,
-                          stream, call, work, row_blocks);
+int launch_attention_prepare(const AttentionCall &call, const SideParams &k, const QueryOrder &order,
+                             const float *rotated, void *stream) {
+  if (call.num_seqs == 0) return 0;
+  const PrepareWork work{rotated, query_gain(call, k), blocks_of(int64_t{call.num_tokens} * call.q_heads),
+                         channels_per_lane(k)};
+  int blocks = work.row_blocks;
+  if (call.direct == 0) blocks += 1 + (call.exact.base != nullptr ? blocks_of(call.num_seqs) : 0);
+  return launch_dependent(attention_prepare_kernel, unsigned(blocks), kPrepareThreads, 0, stream, call, k, order, work);
 }
 
 int launch_attention_widen(const AttentionCall &call, float *rows, void *stream) {

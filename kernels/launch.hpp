@@ -30,12 +30,6 @@ struct SideParams : SideShape {
   uint64_t base_rows[kMaxBase];   // bit j of row i: entry (i, j) of the base matrix is -1
 };
 
-// The channels of a lane of 32 that rotate a vector of a side in registers; 0 where that is not possible.
-inline int channels_per_lane(const SideParams &side) {
-  const bool fits = side.base == 1 && (side.head_dim == 64 || side.head_dim == 128 || side.head_dim == 256);
-  return fits ? side.head_dim / 32 : 0;
-}
-
 // Dense rows [tokens, heads, head_dim] of the caller, strides in elements.
 struct Rows {
   void *data;

@@ -20,6 +20,11 @@ __device__ __forceinline__ int thread_index_now() {
   return index;
 }
 
+// Brings a line of global memory nearer.
+__device__ __forceinline__ void prefetch(const void *global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(global)));
+}
+
 // The address of shared memory that ld.shared takes.
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));

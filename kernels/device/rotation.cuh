@@ -134,4 +134,10 @@ __device__ __forceinline__ void rotate_back(const SideParams &side, int lane, fl
   }
 }
 
+// The channels of a lane where these functions take a vector of a side; 0 where they do not.
+inline int channels_per_lane(const SideParams &side) {
+  const bool fits = side.base == 1 && (side.head_dim == 64 || side.head_dim == 128 || side.head_dim == 256);
+  return fits ? side.head_dim / 32 : 0;
+}
+
 }  // namespace tqkv::cuda

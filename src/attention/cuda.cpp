@@ -216,12 +216,12 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
                 "%lld splits of %d tokens are more than 2^30 parts, which attention on CUDA counts to",
                 (long long)from.splits, call.num_tokens);
   }
+  call.item_units = int32_t(std::max<int64_t>(1, cuda::kItemBytes / call.pool.tile_bytes));
   const int64_t copies = int64_t{call.head_parts} * call.head_packs;
-  const int64_t units = copies * call.num_seqs * (call.max_length / kTileTokens + 1 + cuda::kSegmentUnits);
+  const int64_t units = copies * call.num_seqs * (call.max_length / kTileTokens + 1 + call.item_units);
   call.direct = call.wide_rows == 0 && call.split_tiles == 0 && call.cu_seqlens_q == nullptr && call.max_q_len == 1 &&
-                call.num_tokens == call.num_seqs && call.num_seqs <= 32 * call.pack_heads && !is_dense(codec.k) &&
-                cuda::channels_per_lane(codec.cuda->params[TQ_SIDE_K]) > 0 && copies * call.num_seqs < 1 << 20 &&
-                units < int64_t{1} << 43;
+                call.num_tokens == call.num_seqs && call.num_seqs <= 32 * call.pack_heads &&
+                copies * call.num_seqs < 1 << 20 && units < int64_t{1} << 43;
   call.operand_bytes = (call.head_dim_k + 31) / 32 * 32;
   const int rows = call.block_tokens * call.block_heads;
   call.slot_bytes =
@@ -309,12 +309,12 @@ tq_status cuda_attention(const AttentionCall &from, size_t workspace_bytes, void
                                      codec.k.head_dim, floats(plan.rotated), from.workspace + plan.cublas, stream));
     rotated = floats(plan.rotated);
   }
-  const cuda::QueryWork queries = cuda::query_work(call, device.params[TQ_SIDE_K], rotated);
-  TQKV_TRY(check_cuda(cuda::launch_attention_prepare(call, queries, stream),
-                      "the kernel before attention did not start"));
-  TQKV_TRY(check_cuda(call.wide_rows > 0 ? cuda::launch_wide_attention(call, stream)
-                                         : cuda::launch_attention(call, queries, stream),
-                      "the attention kernel did not start"));
+  TQKV_TRY(check_cuda(
+      cuda::launch_attention_prepare(call, device.params[TQ_SIDE_K], cuda::query_order(call), rotated, stream),
+      "the kernel before attention did not start"));
+  TQKV_TRY(
+      check_cuda(call.wide_rows > 0 ? cuda::launch_wide_attention(call, stream) : cuda::launch_attention(call, stream),
+                 "the attention kernel did not start"));
   float *merged = is_dense(codec.v) ? floats(plan.merged) : nullptr;
   float *raw = is_dense(codec.v) ? floats(plan.raw) : nullptr;
   TQKV_TRY(check_cuda(cuda::launch_attention_finish(call, device.params[TQ_SIDE_V], merged, raw, stream),

@@ -193,6 +193,7 @@ struct Case {
       call.split_tiles = 1 + random.below(3);
       call.splits = call.page_splits = (call.max_length / 16 + call.split_tiles) / call.split_tiles;
     }
+    call.item_units = int32_t(random.below(40));
     call.blocks = is_long ? 100 + random.below(413) : 1 + random.below(40);
     read_truths();
     make_work();
@@ -337,7 +338,7 @@ struct Case {
     first_units.assign(1, 0);
     for (const Part &part : parts) {
       const int tiles = part.tiles.end - part.tiles.first;
-      first_units.push_back(first_units.back() + (tiles > 0 ? tiles + kSegmentUnits : 0));
+      first_units.push_back(first_units.back() + (tiles > 0 ? tiles + call.item_units : 0));
     }
     call.max_segments = int64_t(parts.size()) + call.splits * random.below(3);
     const int rows = call.block_tokens * call.block_heads;
@@ -416,7 +417,7 @@ struct Case {
   // Tiles of a segment that are before a unit.
   int64_t tiles_before(int64_t segment, int64_t unit) const {
     const int64_t begin = first_units[size_t(segment)], end = first_units[size_t(segment) + 1];
-    return std::clamp(unit - begin - kSegmentUnits, int64_t{0}, std::max(end - begin - kSegmentUnits, int64_t{0}));
+    return std::clamp(unit - begin - call.item_units, int64_t{0}, std::max(end - begin - call.item_units, int64_t{0}));
   }
 
   void check_schedule() {
@@ -640,12 +641,12 @@ TEST_CASE("attention's sequences, tiles, queries and merge are what tqkv.h says"
       }
     }
 
+    QueryOrder order;
+    for (int i = 0; i < kMaxDim; ++i) order.channel[i] = int16_t(i < c.dim_k ? c.dim_k - 1 - i : -1);
     const auto &params = c.codec->cuda->params;
-    QueryWork work = query_work(c.call, params[0], nullptr);
-    for (int i = 0; i < kMaxDim; ++i) work.order.channel[i] = int16_t(i < c.dim_k ? c.dim_k - 1 - i : -1);
-    REQUIRE(launch_attention_prepare(c.call, work, &stream) == 0);
+    REQUIRE(launch_attention_prepare(c.call, params[0], order, nullptr, &stream) == 0);
     c.check_schedule();
-    c.check_queries(work.order);
+    c.check_queries(order);
 
     std::fill(c.out.bytes.begin(), c.out.bytes.end(), uint8_t{0x77});
     const float gain = 0.125f;
@@ -676,12 +677,12 @@ TEST_CASE("queries that are rotated elsewhere are the same operands") {
   Random random{std::mt19937_64(tqkv_test::seed())};
   Case c(random);
   char stream;
+  QueryOrder order;
+  for (int i = 0; i < kMaxDim; ++i) order.channel[i] = int16_t(i < c.dim_k ? i : -1);
   const size_t rows = size_t(c.call.num_tokens * c.call.q_heads);
   std::vector<float> rotated(rows * size_t(c.dim_k));
   REQUIRE(launch_attention_widen(c.call, rotated.data(), &stream) == 0);
   for (size_t row = 0; row < rows; ++row) tqkv::rotate(c.codec->k, rotated.data() + row * size_t(c.dim_k));
-  QueryWork work = query_work(c.call, c.codec->cuda->params[0], rotated.data());
-  for (int i = 0; i < kMaxDim; ++i) work.order.channel[i] = int16_t(i < c.dim_k ? i : -1);
-  REQUIRE(launch_attention_prepare(c.call, work, &stream) == 0);
-  c.check_queries(work.order);
+  REQUIRE(launch_attention_prepare(c.call, c.codec->cuda->params[0], order, rotated.data(), &stream) == 0);
+  c.check_queries(order);
 }

@@ -346,6 +346,8 @@ inline void barrier_arrive_copied(uint64_t *barrier) {
 // griddepcontrol: one kernel runs after the other.
 inline void bulk_copy_fence() {}
 
+inline void prefetch(const void *) {}
+
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
 
