@@ -75,6 +75,24 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// cvt.pack.sat: rest << 2 n | high << n | low, with the nearest number of n bits to each of the two: unsigned ones of 2 or
+// 4 bits, signed ones of 4.
+__device__ __forceinline__ uint32_t pack_u2(int32_t high, int32_t low, uint32_t rest) {
+  uint32_t packed;
+  asm("cvt.pack.sat.u2.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(rest));
+  return packed;
+}
+__device__ __forceinline__ uint32_t pack_u4(int32_t high, int32_t low, uint32_t rest) {
+  uint32_t packed;
+  asm("cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(rest));
+  return packed;
+}
+__device__ __forceinline__ uint32_t pack_s4(int32_t high, int32_t low, uint32_t rest) {
+  uint32_t packed;
+  asm("cvt.pack.sat.s4.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(rest));
+  return packed;
+}
+
 // The two f16 numbers of a word.
 __device__ __forceinline__ void f32_pair_from_f16(uint32_t packed, float &low, float &high) {
   asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
