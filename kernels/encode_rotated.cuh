@@ -100,29 +100,32 @@ template <int kHeadDim>
 struct PairOfRows {
   static constexpr int kSteps = kHeadDim / 32;
   uint4 raw[2][kSteps];
+  const uint16_t *second;  // the lane's first chunk of row 2 g + 1
 
-  // Row 2 g + r.
-  __device__ __forceinline__ void load(const Rows &rows, const ItemPlace &place, int r) {
-    const uint16_t *from = row(rows, place, r) + 8 * (current_lane() % 4);
-#pragma unroll
-    for (int t = 0; t < kSteps; ++t) raw[r][t] = __ldg(reinterpret_cast<const uint4 *>(from + 32 * t));
+  // Finds both rows and reads the first of them. Of what there would be past the last row they are the last.
+  __device__ __forceinline__ void load_first(const Rows &rows, const ItemPlace &place) {
+    const uint16_t *first = find(rows, place);
+    load(first, 0);
   }
-  // Both rows into the L2 cache.
-  __device__ __forceinline__ static void prefetch(const Rows &rows, const ItemPlace &place) {
-    for (int r = 0; r < 2; ++r) prefetch_l2(row(rows, place, r) + kHeadDim / 4 * (current_lane() % 4));
-  }
+  __device__ __forceinline__ void load_second() { load(second, 1); }
   template <int kType>
   __device__ __forceinline__ void unpack(int r, int t, float (&x)[8]) const {
     unpack_chunk(kType, raw[r][t], raw[r][t], x);
   }
 
  private:
-  __device__ __forceinline__ static const uint16_t *row(const Rows &rows, const ItemPlace &place,
-                                                        int r) {
-    // The last row also for what there would be past it.
-    const int64_t tokens = EncodeShared<kHeadDim>::get().tokens;
-    const int64_t token = min(int64_t{place.group} * kRows + current_lane() / 4 * 2 + r, tokens - 1);
-    return static_cast<const uint16_t *>(rows.data) + token * rows.token_stride + int64_t{place.head} * rows.head_stride;
+  __device__ __forceinline__ const uint16_t *find(const Rows &rows, const ItemPlace &place) {
+    const int64_t last = EncodeShared<kHeadDim>::get().tokens - 1;
+    const int lane = current_lane();
+    const int64_t token = min(int64_t{place.group} * kRows + lane / 4 * 2, last);
+    const auto *first = static_cast<const uint16_t *>(rows.data) + token * rows.token_stride +
+                        int64_t{place.head} * rows.head_stride + 8 * (lane % 4);
+    second = first + (token < last ? rows.token_stride : 0);
+    return first;
+  }
+  __device__ __forceinline__ void load(const uint16_t *from, int r) {
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) raw[r][t] = __ldg(reinterpret_cast<const uint4 *>(from + 32 * t));
   }
 };
 
@@ -223,8 +226,8 @@ struct PairChooser {
       } else {
         word = codes;
       }
-      const uint32_t low = __byte_perm(magnitudes.x, magnitudes.y, codes);
-      const uint32_t high = __byte_perm(magnitudes.x, magnitudes.y, codes >> 16);
+      const uint32_t low = look_up(magnitudes, codes);
+      const uint32_t high = look_up(magnitudes, codes >> 16);
       sum[r] = __dp4a(high, high, __dp4a(low, low, sum[r]));
       return word;
     }
@@ -258,7 +261,7 @@ struct PairChooser {
  private:
   // <Y, u>, as Chooser.
   __device__ __forceinline__ void add_dot(const float (&y)[8], uint32_t index, int r) {
-    const uint32_t low = __byte_perm(magnitudes.x, 0, index), high = __byte_perm(magnitudes.x, 0, index >> 16);
+    const uint32_t low = look_up(magnitudes, index), high = look_up(magnitudes, index >> 16);
     uint32_t pair[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -303,7 +306,7 @@ __device__ __forceinline__ void choose_columns(const float (&sum)[kCount], PairC
   }
 }
 
-// The rotation of a pair of rows, and their codes. next(): A is in use still, but what it was made of is not. later():
+// The rotation of a pair of rows, and their codes. next(): A is in use from now on, what it was made of is not. later():
 // there are registers again.
 template <int kHeadDim, int kBits, bool kDot, class Next, class Later>
 __device__ __forceinline__ void choose_pair(const typename Rotated<kHeadDim>::Matrix &matrix,
@@ -321,11 +324,11 @@ __device__ __forceinline__ void choose_pair(const typename Rotated<kHeadDim>::Ma
     float sum[count / 2];
     Matrix::begin();
     matrix.moved(after).template multiply<first, count / 2, part == 0 ? kHeadDim : R::kPart>(sum, a);
-    if constexpr (kLast) next();
+    if constexpr (part == 0 && first == 0) next();
     Matrix::template wait<0>(sum);
     if constexpr (kLast) later();
     choose_columns<kHeadDim, kBits, first / 32>(sum, chooser, words[part]);
-    if constexpr (!kLast) {
+    if constexpr (!kLast && (kHeadDim <= 128 || kDot || first != 0)) {
       constexpr int kFirst = first / (kBits == 2 ? 64 : 32), kEnd = kFirst + (kBits == 2 ? 1 : count / 32);
       uint32_t all = chooser.dots();
 #pragma unroll
@@ -525,8 +528,8 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
   const auto place_of = [&](uint32_t item) { return ItemPlace(item, uint32_t(call.heads), shared.per_head); };
   {
     const ItemPlace first = place_of(blockIdx.x + warp.offset);
-    rows.load(v.rows, first, 0);
-    rows.load(v.rows, first, 1);
+    rows.load_first(v.rows, first);
+    rows.load_second();
   }
 #pragma unroll 1
   for (uint32_t first_item = blockIdx.x; first_item < shared.items; first_item += shared.stride) {
@@ -553,17 +556,11 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
     PairChooser<kHeadDim, kBits, kDot> chooser(shared, kBits == 0 ? side.bits == 4 : kBits == 4);
     typename R::template Words<kBits> words{};
     const auto read_first = [&] {
-      const ItemPlace next = place_of(item + shared.stride);
-      if constexpr (kEarly) {
-        rows.load(v.rows, next, 0);
-      } else {
-        rows.prefetch(v.rows, next);
-      }
+      if constexpr (kEarly) rows.load_first(v.rows, place_of(item + shared.stride));
     };
     const auto read_rest = [&] {
-      const ItemPlace next = place_of(item + shared.stride);
-      if constexpr (!kEarly) rows.load(v.rows, next, 0);
-      rows.load(v.rows, next, 1);
+      if constexpr (!kEarly) rows.load_first(v.rows, place_of(item + shared.stride));
+      rows.load_second();
     };
     choose_pair(matrix, a, chooser, words, read_first, read_rest);
     if (item >= shared.items) continue;

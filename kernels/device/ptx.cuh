@@ -55,6 +55,13 @@ __device__ __forceinline__ int current_lane() {
   return lane;
 }
 
+// prmt.b32 of a table of 8 bytes: those that the lower four nibbles of `index` name, none of which is above 7.
+__device__ __forceinline__ uint32_t look_up(uint2 table, uint32_t index) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(table.x), "r"(table.y), "r"(index));
+  return bytes;
+}
+
 // prmt.b32 in the mode that repeats the sign: 0xff where a byte's highest bit is set, 0 where not.
 __device__ __forceinline__ uint32_t sign_masks(uint32_t bytes) {
   uint32_t masks;

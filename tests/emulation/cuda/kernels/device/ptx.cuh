@@ -62,6 +62,10 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+inline uint32_t look_up(uint2 table, uint32_t index) {
+  return permute_bytes(table.x, table.y, index);
+}
+
 inline uint32_t sign_masks(uint32_t bytes) {
   return permute_bytes(bytes, 0, 0xba98);
 }
