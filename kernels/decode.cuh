@@ -221,7 +221,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
   constexpr int kSteps = Codes::kSteps;
   const SideParams &side = v.side;
   // Three items at a time are under way: the slots of one are read, the codes of the next are brought into the L2 cache,
-  // and those of the third are decoded. An item of 16 tokens, in pages one whole tile, says all of it with one place.
+  // and those of the third are decoded. An item that is a whole tile has one place.
   ItemStep step(call, kDecodeWarps);
   NextSlots next_slots;
   bool next_whole = false;
@@ -232,7 +232,6 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     const int head = int(step.head);
     if (!step.left()) return own;
     if (call.slots == nullptr) {
-      next_whole = int64_t{step.group} * kRows + kRows <= call.tokens;
       if (own_token < call.tokens) {
         own.coded = true;
         own.plane0 = v.flat.codes + own_token * v.flat.codes_stride;
@@ -245,7 +244,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
                            next_slots.coded == first_slot + lane_index() % kRows && first_slot >= 0 &&
                            next_slots.coded < v.tiles.num_slots && first_slot % kTileTokens == 0;
       next_whole = __all_sync(kAll, follows && (!kAny || side.scale_type == TQ_TYPE_F16)) != 0;
-      if (next_whole) [[likely]] {
+      if (next_whole) {
         own.plane0 = tile_at(v.tiles, first_slot, head);
         // Of both rows of the lane.
         own.scale = *reinterpret_cast<const uint32_t *>(own.plane0 + v.tiles.scales_offset + 4 * lane_row());
@@ -295,24 +294,19 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     next_group = step.group;
     next_head = step.head;
     uint32_t coded = ~uint32_t{0}, bad = 0, exact = 0;
-    const bool in_pages = call.slots != nullptr, v_tiles = in_pages && side.is_v;
+    const bool v_tiles = call.slots != nullptr && side.is_v;
 
     Codes codes[2];  // all of them before the first is needed
-    if (whole) [[likely]] {
+    if (whole) {
       const uint8_t *plane0 = own.plane0 + v.tiles.codes_offset, *plane1 = plane0 + kTileTokens * Codes::kPlane0;
       if (v_tiles) {
         Codes::load_v_pair(plane0, plane1, 2 * lane_row(), codes);
       } else {
-        int64_t next0 = Codes::kPlane0, next1 = Codes::kPlane1;
-        if (!in_pages) {
-          next0 = next1 = v.flat.codes_stride;
-          plane0 = v.flat.codes + first * next0;
-          plane1 = plane0 + Codes::kPlane0;
-        }
-        plane0 += 2 * lane_row() * next0;
-        plane1 += 2 * lane_row() * next1;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) codes[r].load_record(plane0 + r * next0, plane1 + r * next1);
+        for (int r = 0; r < 2; ++r) {
+          const int row = 2 * lane_row() + r;
+          codes[r].load_record(plane0 + row * Codes::kPlane0, plane1 + row * Codes::kPlane1);
+        }
       }
     } else {
       coded = __ballot_sync(kAll, own.coded);
@@ -347,7 +341,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t other = __shfl_sync(kAll, own.scale, 2 * lane_row() + r);
-      const uint32_t scale = !whole || !in_pages ? other : r == 0 ? own.scale & 0xffff : own.scale >> 16;
+      const uint32_t scale = !whole ? other : r == 0 ? own.scale & 0xffff : own.scale >> 16;
       gain[r] = decode_gain(scale_from_bits(side.scale_type, scale), side.decode_gain);
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) codes[r].grid(t, table, a[t][r], a[t][r + 2]);
@@ -366,7 +360,8 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
       const int64_t row = (first + __ffs(int(rows)) - 1) * v.rows.token_stride + head * v.rows.head_stride;
       for (int c = lane_index(); c < kHeadDim; c += 32) store_element(v.rows.data, v.rows.type, row + c, 0);
     }
-    if (exact != 0) [[unlikely]] load_exact(v, exact, own.exact_slot, first, head);
+    if (exact != 0) [[unlikely]]
+      load_exact(v, exact, own.exact_slot, first, head);
   }
 }
 

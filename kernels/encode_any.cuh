@@ -55,8 +55,8 @@ struct EncodeShared {
   uint32_t zero;
   int64_t tokens;
   tq_faults *faults;
-  float unit, cells, cell_of_0;                      // of encode_rotated_kernel, which has no registers for them
-  uint2 magnitudes;                                  // |u| of each index in the lower 3 bits of a code, as bytes
+  float unit, cells, cell_of_0;  // of encode_rotated_kernel, which has no registers for them
+  uint2 magnitudes;              // |u| of each index in the lower 3 bits of a code, as bytes
   Warp warps[rotated_warps(kHeadDim) > kEncodeWarps ? rotated_warps(kHeadDim) : kEncodeWarps];
   uint32_t table[4];  // and more: a byte a cell
 

@@ -294,7 +294,8 @@ __device__ __forceinline__ void choose_columns(const float (&sum)[kCount], PairC
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
 #pragma unroll
-        for (int c = 0; c < 8; ++c) y[i][c] = t + i < kChunks ? sum[16 * (t + i) % kCount + c / 2 * 4 + 2 * r + c % 2] : 0;
+        for (int c = 0; c < 8; ++c)
+          y[i][c] = t + i < kChunks ? sum[16 * (t + i) % kCount + c / 2 * 4 + 2 * r + c % 2] : 0;
       }
       if constexpr (kBits == 2) {
         word[r][(kFirst + t) / 2] = kChunks == 1 ? chooser.template choose_two<false>(y[0], y[1], r)
@@ -328,7 +329,7 @@ __device__ __forceinline__ void choose_pair(const typename Rotated<kHeadDim>::Ma
     Matrix::template wait<0>(sum);
     if constexpr (kLast) later();
     choose_columns<kHeadDim, kBits, first / 32>(sum, chooser, words[part]);
-    if constexpr (!kLast && (kHeadDim <= 128 || kDot || first != 0)) {
+    if constexpr (!kLast) {
       constexpr int kFirst = first / (kBits == 2 ? 64 : 32), kEnd = kFirst + (kBits == 2 ? 1 : count / 32);
       uint32_t all = chooser.dots();
 #pragma unroll
@@ -358,8 +359,7 @@ struct PairPlaces {
 
 // Of an item without slots, or of one whose rows are the whole tile that begins at `slot`.
 template <int kHeadDim, int kBits, bool kPaged>
-__device__ __forceinline__ PairPlaces find_pair(const VectorSide &v, int64_t token, int head,
-                                                int64_t slot, int lane) {
+__device__ __forceinline__ PairPlaces find_pair(const VectorSide &v, int64_t token, int head, int64_t slot, int lane) {
   const SideParams &side = v.side;
   const int plane1_bytes = plane_bytes(kHeadDim, kBits == 1 ? 3 : kBits, 1);
   const int plane0_bytes = kBits == 1 ? 0 : plane_bytes(kHeadDim, kBits, 0);
@@ -611,8 +611,7 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
     }
     const int lane = current_lane(), row = lane / 4 * 2 + lane % 2;
     const auto write_scale = [&](uint8_t *to) {
-      const float value =
-          choose_scale(kDot ? side.scale_rule : TQ_SCALE_NORM, norm, int64_t(dot), uu, side.scale_gain);
+      const float value = choose_scale(kDot ? side.scale_rule : TQ_SCALE_NORM, norm, int64_t(dot), uu, side.scale_gain);
       const int outcome = store_scale(value, side.scale_type, to);
       if (outcome != kFine) count_outcome(shared.faults, outcome, call.first_token + int64_t{group} * kRows + row);
     };

@@ -21,8 +21,7 @@ struct SharedMatrix {
   uint32_t address;
   uint64_t descriptor;
 
-  __device__ __forceinline__ explicit SharedMatrix(const uint4 *matrix)
-      : SharedMatrix(shared_address(matrix)) {}
+  __device__ __forceinline__ explicit SharedMatrix(const uint4 *matrix) : SharedMatrix(shared_address(matrix)) {}
 
   // The same that many bytes further on.
   __device__ __forceinline__ SharedMatrix moved(uint32_t bytes) const { return SharedMatrix(address + bytes); }

@@ -97,7 +97,9 @@ inline uint32_t pack_bf16(float low, float high) {
 template <int kBits, int kLeast>
 uint32_t pack_saturated(int32_t high, int32_t low, uint32_t rest) {
   constexpr int kCount = 1 << kBits;
-  const auto field = [](int32_t x) { return uint32_t(std::clamp(x, kLeast, kLeast + kCount - 1)) & uint32_t(kCount - 1); };
+  const auto field = [](int32_t x) {
+    return uint32_t(std::clamp(x, kLeast, kLeast + kCount - 1)) & uint32_t(kCount - 1);
+  };
   return rest << (2 * kBits) | field(high) << kBits | field(low);
 }
 inline uint32_t pack_u2(int32_t high, int32_t low, uint32_t rest) {
