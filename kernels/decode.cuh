@@ -23,6 +23,7 @@ struct RowCodes {
   static constexpr int kPlaneBits = kBits == 3 ? 2 : kBits == 1 ? 0 : kBits;
   static constexpr bool kOnes = kBits == 3 || kBits == 1;
   static constexpr int kPlane0 = kHeadDim * kPlaneBits / 8, kPlane1 = kHeadDim / 8;
+  static constexpr int kRecord = kPlane0 + (kOnes ? kPlane1 : 0);
   static constexpr int kChunkWords = kPlaneBits == 8 ? 2 : kPlaneBits == 0 ? 0 : 1;  // the word that a chunk is in
   uint32_t word[kChunkWords > 0 ? kSteps *kChunkWords : 1], ones[kOnes ? kSteps : 1];
 
@@ -220,20 +221,37 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
   constexpr int kSteps = Codes::kSteps;
   const SideParams &side = v.side;
   // Three items at a time are under way: the slots of one are read, the codes of the next are brought into the L2 cache,
-  // and those of the third are decoded.
+  // and those of the third are decoded. An item that is a whole tile has one place.
   ItemStep step(call, kDecodeWarps);
   NextSlots next_slots;
+  bool next_whole = false;
   const auto find = [&] {
     DecodeRow own;
+    next_whole = false;
     const int64_t own_token = int64_t{step.group} * kRows + lane_index() % kRows;
     const int head = int(step.head);
-    if (!step.left() || own_token >= call.tokens) return own;
+    if (!step.left()) return own;
     if (call.slots == nullptr) {
-      own.coded = true;
-      own.plane0 = v.flat.codes + own_token * v.flat.codes_stride;
-      own.plane1 = own.plane0 + Codes::kPlane0;
-      own.scale = load_scale_bits(side.scale_type, v.flat.scales + own_token * v.flat.scales_stride);
+      if (own_token < call.tokens) {
+        own.coded = true;
+        own.plane0 = v.flat.codes + own_token * v.flat.codes_stride;
+        own.plane1 = own.plane0 + Codes::kPlane0;
+        own.scale = load_scale_bits(side.scale_type, v.flat.scales + own_token * v.flat.scales_stride);
+      }
     } else {
+      const int64_t first_slot = __shfl_sync(kAll, next_slots.coded, 0);
+      const bool follows = own_token < call.tokens && next_slots.exact == -1 &&
+                           next_slots.coded == first_slot + lane_index() % kRows && first_slot >= 0 &&
+                           next_slots.coded < v.tiles.num_slots && first_slot % kTileTokens == 0;
+      next_whole = __all_sync(kAll, follows && (!kAny || side.scale_type == TQ_TYPE_F16)) != 0;
+      if (next_whole) {
+        own.plane0 = tile_at(v.tiles, first_slot, head);
+        // Of both rows of the lane.
+        own.scale = *reinterpret_cast<const uint32_t *>(own.plane0 + v.tiles.scales_offset + 4 * lane_row());
+        prefetch_l2(own.plane0 + v.tiles.codes_offset + lane_index() * (kTileTokens * Codes::kRecord / 32));
+        return own;
+      }
+      if (own_token >= call.tokens) return own;
       const Slots slots = check_load_slots(v, next_slots.coded, next_slots.exact);
       own.bad = slots.bad;
       if (own.bad && lane_index() < kRows && head == 0 && v.counts_slots) {
@@ -269,33 +287,42 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
   next_slots.read(step);
   while (left) {
     const DecodeRow own = next;
+    const bool whole = next_whole;
     const int head = int(next_head);
     const int64_t first = int64_t{next_group} * kRows;
     left = step.left();
     next_group = step.group;
     next_head = step.head;
-    const uint32_t coded = __ballot_sync(kAll, own.coded), bad = __ballot_sync(kAll, own.bad);
-    const uint32_t exact = __ballot_sync(kAll, own.exact_slot != -1);
+    uint32_t coded = ~uint32_t{0}, bad = 0, exact = 0;
+    const bool v_tiles = call.slots != nullptr && side.is_v;
 
     Codes codes[2];  // all of them before the first is needed
-    const uint8_t *plane0[2], *plane1[2];
-    int in_tile[2];
+    if (whole) {
+      const uint8_t *plane0 = own.plane0 + v.tiles.codes_offset, *plane1 = plane0 + kTileTokens * Codes::kPlane0;
+      if (v_tiles) {
+        Codes::load_v_pair(plane0, plane1, 2 * lane_row(), codes);
+      } else {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = 2 * lane_row() + r;
-      plane0[r] = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane0), row));
-      if constexpr (Codes::kOnes)
-        plane1[r] = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane1), row));
-      if constexpr (!Codes::kOnes) plane1[r] = nullptr;
-      in_tile[r] = __shfl_sync(kAll, own.row, row);
-      codes[r] = {};
-    }
-    const bool v_tiles = call.slots != nullptr && side.is_v;
-    const bool both = (coded >> (2 * lane_row()) & 3) == 3;
-    if (v_tiles &&
-        __all_sync(kAll, both && plane0[0] == plane0[1] && in_tile[1] == in_tile[0] + 1 && in_tile[0] % 2 == 0)) {
-      Codes::load_v_pair(plane0[0], plane1[0], in_tile[0], codes);
+        for (int r = 0; r < 2; ++r) {
+          const int row = 2 * lane_row() + r;
+          codes[r].load_record(plane0 + row * Codes::kPlane0, plane1 + row * Codes::kPlane1);
+        }
+      }
     } else {
+      coded = __ballot_sync(kAll, own.coded);
+      bad = __ballot_sync(kAll, own.bad) & 0xffff;
+      exact = __ballot_sync(kAll, own.exact_slot != -1) & 0xffff;
+      const uint8_t *plane0[2], *plane1[2] = {};
+      int in_tile[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = 2 * lane_row() + r;
+        plane0[r] = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane0), row));
+        if constexpr (Codes::kOnes)
+          plane1[r] = reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, uint64_t(own.plane1), row));
+        in_tile[r] = __shfl_sync(kAll, own.row, row);
+        codes[r] = {};
+      }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if ((coded >> (2 * lane_row() + r) & 1) == 0) continue;
@@ -313,7 +340,8 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     float gain[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t scale = __shfl_sync(kAll, own.scale, 2 * lane_row() + r);
+      const uint32_t other = __shfl_sync(kAll, own.scale, 2 * lane_row() + r);
+      const uint32_t scale = !whole ? other : r == 0 ? own.scale & 0xffff : own.scale >> 16;
       gain[r] = decode_gain(scale_from_bits(side.scale_type, scale), side.decode_gain);
 #pragma unroll
       for (int t = 0; t < kSteps; ++t) codes[r].grid(t, table, a[t][r], a[t][r + 2]);
@@ -328,11 +356,12 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     } else {
       output.template write<TQ_TYPE_F16>(a, gain);
     }
-    for (uint32_t rows = bad & 0xffff; rows != 0; rows &= rows - 1) {
+    for (uint32_t rows = bad; rows != 0; rows &= rows - 1) {
       const int64_t row = (first + __ffs(int(rows)) - 1) * v.rows.token_stride + head * v.rows.head_stride;
       for (int c = lane_index(); c < kHeadDim; c += 32) store_element(v.rows.data, v.rows.type, row + c, 0);
     }
-    if (exact != 0) load_exact(v, exact & 0xffff, own.exact_slot, first, head);
+    if (exact != 0) [[unlikely]]
+      load_exact(v, exact, own.exact_slot, first, head);
   }
 }
 

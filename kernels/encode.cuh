@@ -84,7 +84,7 @@ int launch_encode_fast(const VectorCall &call, const DeviceLimits &limits, void 
   for (int i = 0; i < call.num_sides; ++i) {
     const VectorSide &v = call.side[i];
     all_rotated = all_rotated && v.side.rounds == 1;
-    all_norms = all_norms && is_norms(v.side);
+    all_norms = all_norms && (is_norms(v.side) || is_two_bits(v.side));
     half = v.side.half_cells > half ? v.side.half_cells : half;
     any = any || v.side.rounds != rounds || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr;
   }
@@ -109,7 +109,7 @@ int launch_encode_fast(const VectorCall &call, const DeviceLimits &limits, void 
   }
   if (!any && all_rotated) {
     return start(call.slots != nullptr ? encode_rotated_kernel<kHeadDim, true> : encode_rotated_kernel<kHeadDim, false>,
-                 grid, 32 * kEncodeWarps, bytes);
+                 item_grid(call, limits, rotated_blocks(kHeadDim)), 32 * rotated_warps(kHeadDim), bytes);
   }
   return launch(any ? encode_kernel<kHeadDim, true> : encode_kernel<kHeadDim, false>, grid, 32 * kEncodeWarps,
                 size_t(bytes), stream, call);

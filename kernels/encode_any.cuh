@@ -17,6 +17,14 @@ constexpr int encode_blocks(int head_dim) {  // a multiprocessor: as many as do 
   return head_dim == 256 ? 2 : head_dim == 64 ? 4 : 3;
 }
 
+// The same of encode_rotated_kernel, whose warps share one matrix.
+constexpr int rotated_warps(int head_dim) {
+  return head_dim == 256 ? 4 : 8;
+}
+constexpr int rotated_blocks(int) {
+  return 2;
+}
+
 // Items that a warp leaves for later because they are unusual; after more of them it takes all as if they were.
 inline constexpr int kPutOff = 32;
 
@@ -35,15 +43,21 @@ struct EncodeShared {
     int num_put_off;
     uint2 put_off[kPutOff];  // groups and heads
     uint2 rest;              // where all that is left is put off, too
+    uint32_t offset;         // of the warp's item from that of the block's first warp
   };
   static constexpr int kPart = kHeadDim < 128 ? kHeadDim : 128;  // a rotation of more is two of half as many, added
   uint4 matrix[kHeadDim / 8 * kPart];                // SharedMatrix of the rotation, by the kernel of rotated rows
   uint4 signs[kHeadDim / 8];                         // of pairs of channels
   uint4 operands[32 * rotation_operands<kHeadDim>];  // of the rotation
   int put_off;                                       // whether a warp has put off items
-  float unit, cells, cell_of_0;                      // of encode_rotated_kernel, which has no registers for them
-  uint2 magnitudes;                                  // |u| of each index in the lower 3 bits of a code, as bytes
-  Warp warps[kEncodeWarps];
+  // Of the call, where encode_rotated_kernel would keep them in registers that it does not have.
+  uint32_t items, stride, per_head;  // ItemPlace
+  uint32_t zero;
+  int64_t tokens;
+  tq_faults *faults;
+  float unit, cells, cell_of_0;  // of encode_rotated_kernel, which has no registers for them
+  uint2 magnitudes;              // |u| of each index in the lower 3 bits of a code, as bytes
+  Warp warps[rotated_warps(kHeadDim) > kEncodeWarps ? rotated_warps(kHeadDim) : kEncodeWarps];
   uint32_t table[4];  // and more: a byte a cell
 
   static constexpr int bytes(int half_cells) { return int(sizeof(EncodeShared)) + 2 * half_cells; }
@@ -56,26 +70,31 @@ struct EncodeShared {
 inline constexpr uint32_t kOperandOne = 0x0c000c00;  // f16 2^-12, twice
 inline constexpr float kUnit = 0x1p-36f, kPerBit = 0x1p-113f;
 
-// The code of a cell twice, in the lower and upper half of a byte; `half` cells below zero come first.
-__device__ inline void fill_table(const SideParams &side, uint32_t *table) {
-  const int half = side.half_cells, count = 1 << (side.bits - 1);
+// What a cell's byte says: its code twice, in the lower and upper half; its code; or, of cells of |Y|, its magnitude.
+enum class Entry { kTwice, kCode, kMagnitude };
+
+// `half` cells below zero come first, unless entries are of magnitudes.
+__device__ __forceinline__ void fill_table(const SideParams &side, uint32_t *table, Entry kind = Entry::kTwice) {
+  const bool folds = kind == Entry::kMagnitude;
+  const int half = side.half_cells, below = folds ? 0 : half, count = 1 << (side.bits - 1);
   const float *levels = side.levels + (side.bits == 4 ? 0 : count);
   int thresholds[7];  // twice the first cell of the next magnitude; of those that there are not, out of reach
 #pragma unroll
   for (int j = 0; j < 7; ++j) thresholds[j] = j + 1 < count ? int(levels[j] + levels[j + 1]) : 2 * half;
-  for (int i = int(threadIdx.x); i < half / 2; i += int(blockDim.x)) {
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < (half + below) / 4; i += int(blockDim.x)) {
     uint32_t entries = 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int cell = 4 * i + k - half, folded = cell < 0 ? -1 - cell : cell;
+      const int cell = 4 * i + k - below, folded = cell < 0 ? -1 - cell : cell;
       int magnitude = 0;
 #pragma unroll
       for (int threshold : thresholds) magnitude += 2 * folded >= threshold;
       const int negative = side.bits == 4 ? magnitude | 8 : count - 1 - magnitude;
-      const int code = cell < 0 ? negative : side.bits == 4 ? magnitude : count + magnitude;
-      entries |= uint32_t(code * 0x11) << (8 * k);
+      const int code = cell < 0 ? negative : side.bits == 4 || folds ? magnitude : count + magnitude;
+      entries |= uint32_t(code) << (8 * k);
     }
-    table[i] = entries;
+    table[i] = kind == Entry::kTwice ? entries * 0x11 : entries;
   }
 }
 
@@ -745,7 +764,7 @@ __device__ __noinline__ void encode_put_off(const VectorCall &call) {
   for (int i = 0; i < warp.num_put_off; ++i) {
     encode_unusual<kHeadDim, kRotated>(call, v, warp.put_off[i].x, int(warp.put_off[i].y));
   }
-  ItemStep step(call, kEncodeWarps);
+  ItemStep step(call, int(blockDim.x) / 32);
   step.group = warp.rest.x;
   step.head = warp.rest.y;
   for (; step.left(); step.advance()) {

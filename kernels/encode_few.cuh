@@ -65,16 +65,32 @@ __global__ void __launch_bounds__(32 * kFewWarps) encode_few_kernel(const __grid
 #pragma unroll
   for (int k = 0; k < 7; ++k) thresholds[k] = k + 1 < count ? float(side.thresholds[k]) : 0x1p30f;
   const uint2 magnitudes = magnitude_bytes(side);
+  const int64_t row = token * v.rows.token_stride + head * v.rows.head_stride, from = row + lane;
+  const bool wide = v.rows.type == TQ_TYPE_F32;
+  if (token < call.tokens) {  // what the kernel before may write still is in the L2 cache as well
+    prefetch_l2(static_cast<const uint8_t *>(v.rows.data) + (row + kPerLane * lane) * (wide ? 4 : 2));
+    if (call.slots != nullptr) prefetch_l2(call.slots + token);
+  }
   grid_dependency_wait();
   if (token >= call.tokens) return;
 
   float x[kPerLane];
-  const int64_t from = token * v.rows.token_stride + head * v.rows.head_stride + lane;
   Slots slots{token, -1, false};
   if (call.slots != nullptr)
     slots = Slots{call.slots[token], call.exact_slots != nullptr ? call.exact_slots[token] : -1};
+  // All of them are under way before the first is needed.
+  if (wide) {
 #pragma unroll
-  for (int j = 0; j < kPerLane; ++j) x[j] = load_element(v.rows.data, v.rows.type, from + 32 * j);
+    for (int j = 0; j < kPerLane; ++j) x[j] = static_cast<const float *>(v.rows.data)[from + 32 * j];
+  } else {
+    uint16_t half[kPerLane];
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) half[j] = static_cast<const uint16_t *>(v.rows.data)[from + 32 * j];
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      x[j] = v.rows.type == TQ_TYPE_F16 ? __half2float(__ushort_as_half(half[j])) : f32_from_bf16(half[j]);
+    }
+  }
   if (call.slots != nullptr) {
     slots = check_slots(v, slots.coded, slots.exact);
     if (slots.bad) {

@@ -16,75 +16,116 @@ template <int kHeadDim>
 struct Rotated {
   static constexpr int kSteps = kHeadDim / 32;
   static constexpr int kPart = EncodeShared<kHeadDim>::kPart, kParts = kHeadDim / kPart, kChunks = kPart / 32;
-  static constexpr bool kDots = kHeadDim <= 128;                  // whether there are registers for <Y, u>
-  static constexpr bool kWholeWords = is_power_of_two(kHeadDim);  // of every plane, at least between two lanes
+  static constexpr int kWarps = rotated_warps(kHeadDim);
+  static constexpr bool kDots = kHeadDim <= 128;  // whether there are registers for <Y, u> of any rule and bits
+  // Of every plane, at least between two lanes.
+  static constexpr bool whole_words(int bits) { return is_power_of_two(kHeadDim) || bits == 4; }
   using Matrix = SharedMatrix<kHeadDim, kPart>;
-  using Words =
-      uint32_t[kParts][2][kChunks];  // codes of row 2 g + r, nibble by nibble, or at 4 bits as they are stored
+  // Codes of row 2 g + r: chunk by chunk in nibbles, at 4 bits as they are stored; at 2 bits two chunks a word of a record.
+  template <int kBits>
+  static constexpr int kWords = kBits == 2 ? (kChunks + 1) / 2 : kChunks;
+  template <int kBits>
+  using Words = uint32_t[kParts][2][kWords<kBits>];
 };
 
 __device__ __forceinline__ uint32_t parity(uint32_t x) {
   return uint32_t(__popc(x)) & 1;
 }
 
-// The rotation as SharedMatrix. Column 8 (4 t + i) + 2 q + b is rotated channel 2 i + b of chunk kChunks q + t; row
-// 16 (2 t + j) + 8 h + 2 q + i is channel 4 j + 2 h + i of chunk 4 t + q.
+// Signs of channels 32 t + 2 i + 8 q and the next one, bits 15 and 31 of word q of element 4 t + i.
 template <int kHeadDim>
-__device__ inline void fill_matrix(const SideParams &side, uint4 *matrix) {
+__device__ inline void fill_row_signs(const SideParams &side, uint32_t *signs) {
+  for (int i = int(threadIdx.x); i < kHeadDim / 2; i += int(blockDim.x)) {
+    const uint32_t pair = side.signs[0][i / 16] >> (i / 4 % 4 * 2 + i % 4 * 8);
+    signs[i] = (pair & 1) << 15 | (pair & 2) << 30;
+  }
+}
+
+// The rotation as SharedMatrix. Column 8 (4 t + i) + 2 q + b is rotated channel 2 i + b of chunk kChunks q + t; row
+// 16 (2 t + j) + 8 h + 2 q + i is channel 4 j + 2 h + i of chunk 4 t + q. `signs`: fill_row_signs().
+template <int kHeadDim>
+__device__ inline void fill_matrix(const SideParams &side, const uint4 *signs, uint4 *matrix) {
   using R = Rotated<kHeadDim>;
-  constexpr int kThreads = 32 * kEncodeWarps, kAtOnce = R::kPart < kThreads ? kThreads / R::kPart : 1;
+  constexpr int kAtOnce = 32 * R::kWarps / R::kPart;
   const int column = int(threadIdx.x) % R::kPart, first = int(threadIdx.x) / R::kPart;
   if (first >= kAtOnce) return;
   const int tile = column / 8, chunk = R::kChunks * (column % 8 / 2) + tile / 4;
   const int channel = 8 * chunk + tile % 4 * 2 + column % 2;
   const uint32_t one = kOperandOne ^ (channel % 2 != 0 ? 0x80000000 : 0);
+  constexpr uint32_t kMinus = 0x80008000;
+  uint32_t words[4];  // of chunks q
+  uint32_t negative = 0;
+  if constexpr (is_power_of_two(kHeadDim)) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) words[q] = one ^ parity(channel & (8 * q)) * kMinus;
+  } else {
+    negative = uint32_t(side.base_rows[chunk]);
+  }
 #pragma unroll 2
   for (int eight = first; eight < kHeadDim / 8; eight += kAtOnce) {
     const int from = 32 * (eight / 4) + eight % 4 * 2;  // the channel of the first row
-    const uint32_t pairs = side.signs[0][eight / 4] >> (eight % 4 * 2);
+    const uint4 flips = signs[eight];
+    const uint32_t flip[4] = {flips.x, flips.y, flips.z, flips.w};
     uint32_t word[4];
+    if constexpr (is_power_of_two(kHeadDim)) {
+      const uint32_t minus = parity(channel & from) * kMinus;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      bool negative;
-      if constexpr (is_power_of_two(kHeadDim)) {
-        negative = (parity(channel & from) ^ parity(channel & (8 * q))) != 0;
-      } else {
-        negative = is_negative<kHeadDim>(side, chunk, from / 8 + q) != (parity(channel & from & 7) != 0);
-      }
-      const uint32_t signs = pairs >> (8 * q);
-      word[q] = one ^ (negative ? 0x80008000 : 0) ^ (signs & 1) << 15 ^ (signs & 2) << 30;
+      for (int q = 0; q < 4; ++q) word[q] = words[q] ^ minus ^ flip[q];
+    } else {
+      const uint32_t minus = one ^ parity(channel & from & 7) * kMinus;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) word[q] = (negative >> (from / 8 + q) & 1) * kMinus ^ minus ^ flip[q];
     }
     R::Matrix::at(matrix, eight, column) = make_uint4(word[0], word[1], word[2], word[3]);
   }
 }
+
+// Where an item is. Dividing by the number of heads takes a multiplication: `per_head` is (2^32 - 1) / heads,
+// with which the quotient is too small by one at most.
+struct ItemPlace {
+  uint32_t group, head;
+
+  __device__ __forceinline__ ItemPlace(uint32_t item, uint32_t heads, uint32_t per_head) {
+    group = __umulhi(item, per_head);
+    head = item - group * heads;
+    if (head >= heads) {
+      head -= heads;
+      ++group;
+    }
+  }
+};
 
 // The lane's two rows as they are in memory.
 template <int kHeadDim>
 struct PairOfRows {
   static constexpr int kSteps = kHeadDim / 32;
   uint4 raw[2][kSteps];
+  const uint16_t *second;  // the lane's first chunk of row 2 g + 1
 
-  // Row 2 g + r.
-  __device__ __forceinline__ void load(const VectorCall &call, const Rows &rows, const ItemStep &step, int r) {
-    const uint16_t *from = row(call, rows, step, r) + 8 * (current_lane() % 4);
-#pragma unroll
-    for (int t = 0; t < kSteps; ++t) raw[r][t] = __ldg(reinterpret_cast<const uint4 *>(from + 32 * t));
+  // Finds both rows and reads the first of them. Of what there would be past the last row they are the last.
+  __device__ __forceinline__ void load_first(const Rows &rows, const ItemPlace &place) {
+    const uint16_t *first = find(rows, place);
+    load(first, 0);
   }
-  // Both rows into the L2 cache.
-  __device__ __forceinline__ static void prefetch(const VectorCall &call, const Rows &rows, const ItemStep &step) {
-    for (int r = 0; r < 2; ++r) prefetch_l2(row(call, rows, step, r) + kHeadDim / 4 * (current_lane() % 4));
-  }
+  __device__ __forceinline__ void load_second() { load(second, 1); }
   template <int kType>
   __device__ __forceinline__ void unpack(int r, int t, float (&x)[8]) const {
     unpack_chunk(kType, raw[r][t], raw[r][t], x);
   }
 
  private:
-  __device__ __forceinline__ static const uint16_t *row(const VectorCall &call, const Rows &rows, const ItemStep &step,
-                                                        int r) {
-    // The last row also for what there would be past it.
-    const int64_t token = min(int64_t{step.group} * kRows + current_lane() / 4 * 2 + r, call.tokens - 1);
-    return static_cast<const uint16_t *>(rows.data) + token * rows.token_stride + int64_t{step.head} * rows.head_stride;
+  __device__ __forceinline__ const uint16_t *find(const Rows &rows, const ItemPlace &place) {
+    const int64_t last = EncodeShared<kHeadDim>::get().tokens - 1;
+    const int lane = current_lane();
+    const int64_t token = min(int64_t{place.group} * kRows + lane / 4 * 2, last);
+    const auto *first = static_cast<const uint16_t *>(rows.data) + token * rows.token_stride +
+                        int64_t{place.head} * rows.head_stride + 8 * (lane % 4);
+    second = first + (token < last ? rows.token_stride : 0);
+    return first;
+  }
+  __device__ __forceinline__ void load(const uint16_t *from, int r) {
+#pragma unroll
+    for (int t = 0; t < kSteps; ++t) raw[r][t] = __ldg(reinterpret_cast<const uint4 *>(from + 32 * t));
   }
 };
 
@@ -147,72 +188,163 @@ __device__ __forceinline__ bool quantise(const PairOfRows<kHeadDim> &rows, float
   return usual;
 }
 
-// Codes of what a product left of a part: chunks from kFirstChunk on.
-template <int kHeadDim, bool kDot, int kCount>
-__device__ __forceinline__ void choose_columns(const float (&sum)[kCount], Chooser<kHeadDim, kDot> &chooser,
-                                               uint32_t (&word)[2][Rotated<kHeadDim>::kChunks], int first_chunk) {
+// What turns rotated coordinates into codes and sums, of rows 2 g + r. At 2 bits there is no table: a code is a number of
+// `cells`, all of which are a threshold wide, and `begin` is 2.
+template <int kHeadDim, int kBits, bool kDot>
+struct PairChooser {
+  float cells, begin;
+  uint2 magnitudes;
+  Chooser<kHeadDim, kDot> any;  // for kBits 0
+  uint32_t sum[2] = {}, dot[2] = {};
+
+  __device__ __forceinline__ PairChooser(const EncodeShared<kHeadDim> &shared, bool four_bits)
+      : cells(shared.cells),
+        begin(shared.cell_of_0),
+        magnitudes(shared.magnitudes),
+        any{cells, begin, magnitudes, four_bits} {}
+
+  __device__ __forceinline__ int32_t cell(float y) const { return __float_as_int(__fmaf_rz(y, cells, begin)); }
+  __device__ __forceinline__ int32_t entry(float y) const { return int32_t(load_shared_byte(uint32_t(cell(y)))); }
+
+  // The word of a chunk.
+  __device__ __forceinline__ uint32_t choose(const float (&y)[8], int r) {
+    if constexpr (kBits == 0) {
+      return any.choose(y, r);
+    } else {
+      uint32_t codes = 0, word;
 #pragma unroll
-  for (int t = 0; t < kCount / 16; ++t) {
+      for (int c = 6; c >= 0; c -= 2) {
+        codes = kBits == 4 ? pack_u4(entry(fabsf(y[c + 1])), entry(fabsf(y[c])), codes)
+                           : pack_u4(entry(y[c + 1]), entry(y[c]), codes);
+      }
+      if constexpr (kBits == 4) {
+        // Byte j has the signs of channel j above and of channel 4 + j below.
+        uint32_t signs = 0;
+#pragma unroll
+        for (int j = 3; j >= 0; --j) signs = pack_s4(__float_as_int(y[j]), __float_as_int(y[4 + j]), signs);
+        word = codes | (signs & 0x88888888);
+      } else {
+        word = codes;
+      }
+      const uint32_t low = look_up(magnitudes, codes);
+      const uint32_t high = look_up(magnitudes, codes >> 16);
+      sum[r] = __dp4a(high, high, __dp4a(low, low, sum[r]));
+      return word;
+    }
+  }
+  // At 2 bits, of two chunks; or of one and nothing.
+  template <bool kTwo>
+  __device__ __forceinline__ uint32_t choose_two(const float (&y0)[8], const float (&y1)[8], int r) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int c = 7; c >= 0; --c) word = pack_u2(kTwo ? cell(y1[c]) : 0, cell(y0[c]), word);
+    sum[r] += uint32_t(__popc((word ^ word >> 1) & 0x55555555));  // of the smaller magnitude
+    if constexpr (kDot) {
+      add_dot(y0, word & 0x33333333, r);
+      if constexpr (kTwo) add_dot(y1, word >> 2 & 0x33333333, r);
+    }
+    return word;
+  }
+
+  // Something of all sums <Y, u>.
+  __device__ __forceinline__ uint32_t dots() const {
+    if constexpr (!kDot) return 0;
+    return kBits == 0 ? any.dot[0] ^ any.dot[1] : dot[0] ^ dot[1];
+  }
+  // |u|^2 from the sums of all lanes.
+  __device__ __forceinline__ int squares(uint32_t sum_of_all) const {
+    if constexpr (kBits != 2) return int(sum_of_all);
+    const uint32_t large = magnitudes.x & 0xff, small = magnitudes.x >> 8 & 0xff;
+    return int(kHeadDim * large * large - sum_of_all * (large * large - small * small));
+  }
+
+ private:
+  // <Y, u>, as Chooser.
+  __device__ __forceinline__ void add_dot(const float (&y)[8], uint32_t index, int r) {
+    const uint32_t low = look_up(magnitudes, index), high = look_up(magnitudes, index >> 16);
+    uint32_t pair[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float a = __fmaf_rn(fabsf(y[2 * c]), 1 / kUnit, 0x1p23f);
+      const float b = __fmaf_rn(fabsf(y[2 * c + 1]), 1 / kUnit, 0x1p23f);
+      pair[c] = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x5410);
+    }
+    dot[r] = __dp2a_hi(pair[1], low, __dp2a_lo(pair[0], low, dot[r]));
+    dot[r] = __dp2a_hi(pair[3], high, __dp2a_lo(pair[2], high, dot[r]));
+  }
+};
+
+// The factor of 2 bits: the least f32 above 1 / threshold, in cells of a unit, so that thresholds are at the codes' own
+// edges: |Y| times it is 1 or more from the threshold on, and less before; just above, so that -threshold is beyond.
+__device__ inline float cells_of_two_bits(const SideParams &side) {
+  const float threshold = float(side.thresholds[0]), inverse = 1 / threshold;
+  return __fmaf_rn(threshold, inverse, -1.0f) > 0 ? inverse : __uint_as_float(__float_as_uint(inverse) + 1);
+}
+
+// Codes of what a product left of a part: words from kFirst chunks on.
+template <int kHeadDim, int kBits, int kFirst, bool kDot, int kCount, int kWords>
+__device__ __forceinline__ void choose_columns(const float (&sum)[kCount], PairChooser<kHeadDim, kBits, kDot> &chooser,
+                                               uint32_t (&word)[2][kWords]) {
+  constexpr int kChunks = kCount / 16, kStep = kBits == 2 ? 2 : 1;
+#pragma unroll
+  for (int t = 0; t < kChunks; t += kStep) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float y[8];
+      float y[kStep][8];
 #pragma unroll
-      for (int c = 0; c < 8; ++c) y[c] = sum[16 * t + c / 2 * 4 + 2 * r + c % 2];
-      word[r][first_chunk + t] = chooser.choose(y, r);
+      for (int i = 0; i < kStep; ++i) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c)
+          y[i][c] = t + i < kChunks ? sum[16 * (t + i) % kCount + c / 2 * 4 + 2 * r + c % 2] : 0;
+      }
+      if constexpr (kBits == 2) {
+        word[r][(kFirst + t) / 2] = kChunks == 1 ? chooser.template choose_two<false>(y[0], y[1], r)
+                                                 : chooser.template choose_two<true>(y[0], y[1], r);
+      } else {
+        word[r][kFirst + t] = chooser.choose(y[0], r);
+      }
     }
   }
 }
 
-// The rotation of a pair of rows, and their codes. next(): A is in use still, but what it was made of is not. later():
+// The rotation of a pair of rows, and their codes. next(): A is in use from now on, what it was made of is not. later():
 // there are registers again.
-template <int kHeadDim, bool kDot, class Next, class Later>
+template <int kHeadDim, int kBits, bool kDot, class Next, class Later>
 __device__ __forceinline__ void choose_pair(const typename Rotated<kHeadDim>::Matrix &matrix,
-                                            const uint32_t (&a)[kHeadDim / 16][4], Chooser<kHeadDim, kDot> &chooser,
-                                            typename Rotated<kHeadDim>::Words &words, Next &&next, Later &&later) {
+                                            const uint32_t (&a)[kHeadDim / 16][4],
+                                            PairChooser<kHeadDim, kBits, kDot> &chooser,
+                                            typename Rotated<kHeadDim>::template Words<kBits> &words, Next &&next,
+                                            Later &&later) {
   using R = Rotated<kHeadDim>;
   using Matrix = typename R::Matrix;
-  if constexpr (R::kPart == 64) {
-    float sum[32];
+  // One product at a time, since there are no registers for the sums of two: other warps have something to do meanwhile.
+  // The compiler would put off the codes of the first, so where the second's operands are depends on them.
+  uint32_t after = 0;
+  const auto multiply = [&](auto part, auto first, auto count) {
+    constexpr bool kLast = part == R::kParts - 1 && first + count == R::kPart;
+    float sum[count / 2];
     Matrix::begin();
-    matrix.template multiply<0>(sum, a);
-    next();
-    later();
+    matrix.moved(after).template multiply<first, count / 2, part == 0 ? kHeadDim : R::kPart>(sum, a);
+    if constexpr (part == 0 && first == 0) next();
     Matrix::template wait<0>(sum);
-    choose_columns(sum, chooser, words[0], 0);
-  } else {
-    constexpr bool kBoth = R::kParts == 1;  // where there are registers for two sums at a time
-    constexpr int kRest = (R::kPart - 64) / 2;
+    if constexpr (kLast) later();
+    choose_columns<kHeadDim, kBits, first / 32>(sum, chooser, words[part]);
+    if constexpr (!kLast) {
+      constexpr int kFirst = first / (kBits == 2 ? 64 : 32), kEnd = kFirst + (kBits == 2 ? 1 : count / 32);
+      uint32_t all = chooser.dots();
 #pragma unroll
-    for (int part = 0; part < R::kParts; ++part) {
-      const bool last = part == R::kParts - 1;
-      float first[32], second[kRest];
-      const auto multiply_second = [&] {
-        if (part == 0) {
-          matrix.template multiply<64>(second, a);
-        } else {
-          matrix.template multiply<64, kRest, R::kPart>(second, a);
-        }
-      };
-      Matrix::begin();
-      if (part == 0) {
-        matrix.template multiply<0>(first, a);
-      } else {
-        matrix.template multiply<0, 32, R::kPart>(first, a);
-      }
-      if (kBoth) multiply_second();
-      if (last) next();
-      Matrix::template wait<kBoth ? 1 : 0>(first);
-      choose_columns(first, chooser, words[part], 0);
-      if (!kBoth) {
-        Matrix::begin();
-        multiply_second();
-      }
-      if (kBoth) later();
-      Matrix::template wait<0>(second);
-      if (last && !kBoth) later();
-      choose_columns(second, chooser, words[part], 2);
+      for (int i = kFirst; i < kEnd; ++i) all = all ^ words[part][0][i] ^ words[part][1][i];
+      after = all & EncodeShared<kHeadDim>::get().zero;
     }
-  }
+  };
+  const auto multiply_part = [&](auto part) {
+    multiply(part, std::integral_constant<int, 0>(), std::integral_constant<int, 64>());
+    if constexpr (R::kPart > 64) {
+      multiply(part, std::integral_constant<int, 64>(), std::integral_constant<int, R::kPart - 64>());
+    }
+  };
+  multiply_part(std::integral_constant<int, 0>());
+  if constexpr (R::kParts == 2) multiply_part(std::integral_constant<int, 1>());
 }
 
 // ---- where codes go
@@ -227,16 +359,16 @@ struct PairPlaces {
 
 // Of an item without slots, or of one whose rows are the whole tile that begins at `slot`.
 template <int kHeadDim, int kBits, bool kPaged>
-__device__ __forceinline__ PairPlaces find_pair(const VectorCall &call, const VectorSide &v, int64_t token, int head,
-                                                int64_t slot, int lane) {
+__device__ __forceinline__ PairPlaces find_pair(const VectorSide &v, int64_t token, int head, int64_t slot, int lane) {
   const SideParams &side = v.side;
   const int plane1_bytes = plane_bytes(kHeadDim, kBits == 1 ? 3 : kBits, 1);
   const int plane0_bytes = kBits == 1 ? 0 : plane_bytes(kHeadDim, kBits, 0);
   const int second = lane % 2;
   PairPlaces p;
   if constexpr (!kPaged) {
-    p.coded[0] = token < call.tokens;
-    p.coded[1] = token + 1 < call.tokens;
+    const int64_t tokens = EncodeShared<kHeadDim>::get().tokens;
+    p.coded[0] = token < tokens;
+    p.coded[1] = token + 1 < tokens;
     p.wide = v.flat.alignment == 16;
     p.plane0 = v.flat.codes + token * v.flat.codes_stride;
     p.plane1 = p.plane0 + plane0_bytes;
@@ -257,16 +389,11 @@ __device__ __forceinline__ PairPlaces find_pair(const VectorCall &call, const Ve
 }
 
 // Words of a plane from codes.
-template <int kBits, int kCount>
-__device__ __forceinline__ void plane0_words(const uint32_t (&nibbles)[kCount], uint32_t *word) {
-  if constexpr (kBits == 4) {
+template <int kBits, int kCount, int kWords>
+__device__ __forceinline__ void plane0_words(const uint32_t (&codes)[kCount], uint32_t (&word)[kWords]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) word[i] = nibbles[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      word[i] = (nibbles[2 * i] & 0x33333333) | (nibbles[2 * i + 1] << 2 & 0xcccccccc);
-    }
+  for (int i = 0; i < kWords; ++i) {
+    word[i] = kBits == 3 ? (codes[2 * i] & 0x33333333) | (codes[2 * i + 1] << 2 & 0xcccccccc) : codes[i];
   }
 }
 
@@ -292,13 +419,13 @@ __device__ __forceinline__ uint32_t plane1_word(const uint32_t (&nibbles)[kCount
 template <int kWords>
 __device__ __forceinline__ void write_row_words(uint8_t *at, const uint32_t *word, bool wide) {
   auto *to = reinterpret_cast<uint32_t *>(at);
-  if (kWords == 1 || !wide) {
+  if (kWords % 2 != 0 || !wide) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) to[i] = word[i];
   } else if constexpr (kWords == 2) {
     *reinterpret_cast<uint2 *>(at) = make_uint2(word[0], word[1]);
   } else {
-    static_assert(kWords == 4 || kWords == 1);
+    static_assert(kWords == 4 || kWords % 2 != 0);
     *reinterpret_cast<uint4 *>(at) = make_uint4(word[0], word[1], word[2], word[3]);
   }
 }
@@ -322,23 +449,24 @@ __device__ __forceinline__ void write_v_words(uint8_t *plane, int index, const u
     a = __byte_perm(mine, other, first);
     b = __byte_perm(mine, other, second);
   };
-  if constexpr (kWords == 1) {
-    uint2 half;
-    trade(low[0], high[0], half.x, half.y);
-    if (wanted) *reinterpret_cast<uint2 *>(plane + 64 * index + (upper ? 8 : 0)) = half;
-  } else {
 #pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-      uint4 whole;
-      trade(low[i], low[i + kWords / 2], whole.x, whole.y);
-      trade(high[i], high[i + kWords / 2], whole.z, whole.w);
-      if (wanted) *reinterpret_cast<uint4 *>(plane + 64 * (index + i + (upper ? kWords / 2 : 0))) = whole;
-    }
+  for (int i = 0; i < kWords / 2; ++i) {
+    uint4 whole;
+    trade(low[i], low[i + kWords / 2], whole.x, whole.y);
+    trade(high[i], high[i + kWords / 2], whole.z, whole.w);
+    if (wanted) *reinterpret_cast<uint4 *>(plane + 64 * (index + i + (upper ? kWords / 2 : 0))) = whole;
+  }
+  if constexpr (kWords % 2 != 0) {  // halves of the last
+    constexpr int kLast = kWords - 1;
+    uint2 half;
+    trade(low[kLast], high[kLast], half.x, half.y);
+    if (wanted) *reinterpret_cast<uint2 *>(plane + 64 * (index + kLast) + (upper ? 8 : 0)) = half;
   }
 }
 
 template <int kHeadDim, int kBits, bool kPaged>
-__device__ __forceinline__ void write_pair(const VectorSide &v, const typename Rotated<kHeadDim>::Words &words,
+__device__ __forceinline__ void write_pair(const VectorSide &v,
+                                           const typename Rotated<kHeadDim>::template Words<kBits> &words,
                                            const PairPlaces &p, int lane) {
   using R = Rotated<kHeadDim>;
   constexpr int kPlane0 = kBits == 4 ? R::kChunks : kBits >= 2 ? R::kChunks / 2 : 0;  // words of a lane and part
@@ -377,7 +505,7 @@ __device__ __forceinline__ void write_pair(const VectorSide &v, const typename R
 
 // ---- the loop
 
-inline constexpr uint32_t kBeyond = 0x80000000;  // more groups than there are
+inline constexpr uint32_t kBeyond = 0x80000000;  // more items than there are
 
 // kBits: 0 for any up to 4; kPaged: there are slots. All warps of a block go round as often as the first, so that they can multiply together.
 template <int kHeadDim, int kBits, bool kDot, bool kPaged>
@@ -387,25 +515,36 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
   auto &warp = EncodeShared<kHeadDim>::warp();
   const SideParams &side = v.side;
   const typename R::Matrix matrix(shared.matrix);
-  const bool odd = lane_index() % 2 != 0;
 
-  constexpr bool kEarly = kHeadDim <= 128;  // where there are registers for rows that are under way
-  ItemStep step(call, kEncodeWarps);
-  const uint32_t items = uint32_t((call.tokens + kRows - 1) / kRows) * uint32_t(call.heads);
-  const uint32_t stride = gridDim.x * kEncodeWarps;
+  constexpr bool kEarly = kHeadDim <= 128 && !kDot;  // where there are registers for rows that are under way
   PairOfRows<kHeadDim> rows;
-  rows.load(call, v.rows, step, 0);
-  rows.load(call, v.rows, step, 1);
   if (lane_index() == 0) {
     warp.num_put_off = 0;
     warp.rest = make_uint2(uint32_t((call.tokens + kRows - 1) / kRows), 0);
+    warp.offset = threadIdx.x / 32 * gridDim.x;
   }
   __syncwarp();
+  // Little is kept from one item to the next: there are no registers for it.
+  const auto place_of = [&](uint32_t item) { return ItemPlace(item, uint32_t(call.heads), shared.per_head); };
+  {
+    const ItemPlace first = place_of(blockIdx.x + warp.offset);
+    rows.load_first(v.rows, first);
+    rows.load_second();
+  }
 #pragma unroll 1
-  for (uint32_t first_item = blockIdx.x; first_item < items; first_item += stride) {
-    const uint32_t group = step.group;
-    const int head = int(step.head);
-    const bool left = step.left();
+  for (uint32_t first_item = blockIdx.x; first_item < shared.items; first_item += shared.stride) {
+    const uint32_t item = first_item + warp.offset;
+    const ItemPlace place = place_of(item);
+    const uint32_t group = place.group;
+    const int head = int(place.head);
+    const int64_t own_token = int64_t{group} * kRows + lane_index() % kRows;
+    int64_t slot = -1, exact_slot = -1;
+    if constexpr (kPaged) {  // long before they are needed
+      if (own_token < shared.tokens) {
+        slot = call.slots[own_token];
+        if (call.exact_slots != nullptr) exact_slot = call.exact_slots[own_token];
+      }
+    }
     uint32_t a[kHeadDim / 16][4];
     float norm;
     bool usual;
@@ -414,54 +553,53 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
     } else {
       usual = quantise<kHeadDim, TQ_TYPE_F16>(rows, shared.unit, a, norm);
     }
-    Chooser<kHeadDim, kDot> chooser{shared.cells, shared.cell_of_0, shared.magnitudes,
-                                    kBits == 0 ? side.bits == 4 : kBits == 4};
-    typename R::Words words;
-    const int64_t own_token = int64_t{group} * kRows + lane_index() % kRows;
-    int64_t slot = -1;
+    PairChooser<kHeadDim, kBits, kDot> chooser(shared, kBits == 0 ? side.bits == 4 : kBits == 4);
+    typename R::template Words<kBits> words{};
     const auto read_first = [&] {
-      step.advance();
-      if constexpr (kEarly) {
-        rows.load(call, v.rows, step, 0);
-      } else {
-        rows.prefetch(call, v.rows, step);
-      }
+      if constexpr (kEarly) rows.load_first(v.rows, place_of(item + shared.stride));
     };
     const auto read_rest = [&] {
-      if constexpr (kPaged) {
-        if (own_token < call.tokens) {
-          slot = call.slots[own_token];
-          if (call.exact_slots != nullptr) usual = usual && call.exact_slots[own_token] == -1;
-        }
-      }
-      if constexpr (!kEarly) rows.load(call, v.rows, step, 0);
-      rows.load(call, v.rows, step, 1);
+      if constexpr (!kEarly) rows.load_first(v.rows, place_of(item + shared.stride));
+      rows.load_second();
     };
     choose_pair(matrix, a, chooser, words, read_first, read_rest);
-    if (!left) continue;
+    if (item >= shared.items) continue;
+    const bool odd = current_lane() % 2 != 0;
     // Both sums of the lane's row 2 g + q % 2.
     const auto own_sum = [&](auto x0, auto x1) {
       auto sum = (odd ? x1 : x0) + __shfl_xor_sync(kAll, odd ? x0 : x1, 1);
       return sum + __shfl_xor_sync(kAll, sum, 2);
     };
-    const uint32_t uu = own_sum(chooser.uu[0], chooser.uu[1]);
-    const uint64_t dot = kDot ? own_sum(uint64_t{chooser.dot[0]}, uint64_t{chooser.dot[1]}) : 0;
+    int uu;
+    uint64_t dot = 0;
+    if constexpr (kBits == 0) {
+      uu = int(own_sum(chooser.any.uu[0], chooser.any.uu[1]));
+      if constexpr (kDot) dot = own_sum(uint64_t{chooser.any.dot[0]}, uint64_t{chooser.any.dot[1]});
+    } else {
+      uu = chooser.squares(own_sum(chooser.sum[0], chooser.sum[1]));
+      if constexpr (kDot) dot = own_sum(uint64_t{chooser.dot[0]}, uint64_t{chooser.dot[1]});
+    }
 
-    constexpr bool kDirect = R::kWholeWords && kBits != 0;  // whole words go straight to where they belong
+    constexpr bool kDirect = kBits != 0 && R::whole_words(kBits);  // whole words go straight to where they belong
     bool simple = kDirect;
     int64_t first_slot = 0;
     if constexpr (kPaged) {
       first_slot = __shfl_sync(kAll, slot, 0);
-      simple = simple && __all_sync(kAll, usual && slot == first_slot + lane_index() % kRows && slot >= 0 &&
+      usual = usual && exact_slot == -1;
+      const bool whole = __all_sync(kAll, usual && slot == first_slot + lane_index() % kRows && slot >= 0 &&
                                               slot < v.tiles.num_slots && first_slot % kTileTokens == 0) != 0;
+      simple = simple && whole;
       usual = usual && !check_slots(v, slot, -1).bad;
     }
-    if ((!kPaged || !simple) && !__all_sync(kAll, usual)) {
+    if ((!kPaged || !simple) && !__all_sync(kAll, usual)) [[unlikely]] {
       const int n = warp.num_put_off;
       __syncwarp();
       if (n == kPutOff) {
-        if (lane_index() == 0) warp.rest = make_uint2(group, uint32_t(head));
-        step.group += kBeyond;
+        if (lane_index() == 0) {
+          warp.rest = make_uint2(group, uint32_t(head));
+          warp.offset = kBeyond;
+        }
+        __syncwarp();
         continue;
       }
       if (lane_index() == 0) {
@@ -473,28 +611,28 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
     }
     const int lane = current_lane(), row = lane / 4 * 2 + lane % 2;
     const auto write_scale = [&](uint8_t *to) {
-      const float value =
-          choose_scale(kDot ? side.scale_rule : TQ_SCALE_NORM, norm, int64_t(dot), int(uu), side.scale_gain);
+      const float value = choose_scale(kDot ? side.scale_rule : TQ_SCALE_NORM, norm, int64_t(dot), uu, side.scale_gain);
       const int outcome = store_scale(value, side.scale_type, to);
-      count_outcome(call.faults, outcome, call.first_token + int64_t{group} * kRows + row);
+      if (outcome != kFine) count_outcome(shared.faults, outcome, call.first_token + int64_t{group} * kRows + row);
     };
-    if (simple) {
-      [[maybe_unused]] const auto write = [&](auto bits) {
+    if (simple) [[likely]] {
+      if constexpr (kDirect) {
         const int64_t token = int64_t{group} * kRows + lane / 4 * 2;
-        const PairPlaces places = find_pair<kHeadDim, bits, kPaged>(call, v, token, head, first_slot, lane);
+        const PairPlaces places = find_pair<kHeadDim, kBits, kPaged>(v, token, head, first_slot, lane);
         if (lane % 4 < 2 && (lane % 2 != 0 ? places.coded[1] : places.coded[0])) write_scale(places.scale);
-        write_pair<kHeadDim, bits, kPaged>(v, words, places, lane);
-      };
-      if constexpr (kDirect) write(std::integral_constant<int, kBits>());
+        write_pair<kHeadDim, kBits, kPaged>(v, words, places, lane);
+      }
     } else {
       // By way of shared memory.
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
         const int part = i / (2 * R::kChunks), r = i / R::kChunks % 2, t = i % R::kChunks;
         const int index = part * (R::kPart / 8) + R::kChunks * (lane % 4) + t;
-        warp.nibbles[(lane / 4 * 2 + r) * EncodeShared<kHeadDim>::kStride + index] = words[part][r][t];
+        const uint32_t word = words[part][r][kBits == 2 ? t / 2 : t];
+        warp.nibbles[(lane / 4 * 2 + r) * EncodeShared<kHeadDim>::kStride + index] =
+            kBits != 2 ? word : (t % 2 == 0 ? word : word >> 2) & 0x33333333;
       }
-      const int64_t own_slot = own_token >= call.tokens ? -1 : kPaged ? slot : own_token;
+      const int64_t own_slot = own_token >= shared.tokens ? -1 : kPaged ? slot : own_token;
       const uint32_t coded = find_places<kHeadDim>(call, v, own_token, own_slot, head, warp);
       __syncwarp();
       if (lane % 4 < 2 && (coded >> row & 1) != 0) write_scale(reinterpret_cast<uint8_t *>(warp.scale[row]));
@@ -513,32 +651,46 @@ __host__ __device__ inline bool is_norms(const SideParams &side) {
   return side.scale_rule == TQ_SCALE_NORM && side.bits >= 2;
 }
 
+// Of the others, V's default at 2 bits.
+__host__ __device__ inline bool is_two_bits(const SideParams &side) {
+  return side.scale_rule == TQ_SCALE_LEAST_MSE && side.bits == 2;
+}
+
 template <int kHeadDim, bool kPaged>
-__global__ void __launch_bounds__(32 * kEncodeWarps, encode_blocks(kHeadDim))
+__global__ void __launch_bounds__(32 * rotated_warps(kHeadDim), rotated_blocks(kHeadDim))
     encode_rotated_kernel(const __grid_constant__ VectorCall call) {
   const VectorSide &v = call.side[blockIdx.y];
   const SideParams &side = v.side;
   auto &shared = EncodeShared<kHeadDim>::get();
   grid_dependency_launch();
-  fill_matrix<kHeadDim>(side, shared.matrix);
-  Rotated<kHeadDim>::Matrix::written();
-  fill_table(side, shared.table);
+  fill_row_signs<kHeadDim>(side, reinterpret_cast<uint32_t *>(shared.signs));
+  const bool norms = is_norms(side), table = !(is_two_bits(side) || (norms && side.bits == 2));
+  const Entry entry = !norms ? Entry::kTwice : side.bits == 4 ? Entry::kMagnitude : Entry::kCode;
+  if (table) fill_table(side, shared.table, entry);
   if (threadIdx.x == 0) {
     shared.magnitudes = magnitude_bytes(side);
     shared.put_off = 0;
+    shared.zero = 0;
+    shared.items = uint32_t((call.tokens + kRows - 1) / kRows) * uint32_t(call.heads);
+    shared.stride = gridDim.x * rotated_warps(kHeadDim);
+    shared.tokens = call.tokens;
+    shared.faults = call.faults;
+    shared.per_head = UINT32_MAX / uint32_t(call.heads);
     shared.unit = side.steps * 0x1p-24f;
-    shared.cells = side.cells * kPerBit;
-    shared.cell_of_0 = __uint_as_float(shared_address(shared.table) + uint32_t(side.half_cells));
+    shared.cells = (table ? side.cells : cells_of_two_bits(side)) * kPerBit;
+    const uint32_t below = entry == Entry::kMagnitude ? 0 : uint32_t(side.half_cells);
+    shared.cell_of_0 = __uint_as_float(table ? shared_address(shared.table) + below : 2);
   }
   __syncthreads();
+  fill_matrix<kHeadDim>(side, shared.signs, shared.matrix);
+  Rotated<kHeadDim>::Matrix::written();
+  __syncthreads();
   grid_dependency_wait();
-  if (!is_norms(side)) {
-    if constexpr (Rotated<kHeadDim>::kDots) {
-      if (side.scale_rule == TQ_SCALE_LEAST_MSE && side.bits == 2) {  // V's default
-        encode_pairs<kHeadDim, 2, true, kPaged>(call, v);
-      } else {
-        encode_pairs<kHeadDim, 0, true, kPaged>(call, v);
-      }
+  if (!norms) {
+    if (is_two_bits(side)) {
+      encode_pairs<kHeadDim, 2, true, kPaged>(call, v);
+    } else if constexpr (Rotated<kHeadDim>::kDots) {
+      encode_pairs<kHeadDim, 0, true, kPaged>(call, v);
     }
   } else if (side.bits == 4) {
     encode_pairs<kHeadDim, 4, false, kPaged>(call, v);
@@ -553,6 +705,7 @@ __global__ void __launch_bounds__(32 * kEncodeWarps, encode_blocks(kHeadDim))
   if (shared.put_off == 0) return;
   fill_signs<kHeadDim>(side, reinterpret_cast<uint32_t *>(shared.signs));
   fill_operands<kHeadDim>(side, kOperandOne, shared.operands);
+  fill_table(side, shared.table);
   __syncthreads();
   encode_put_off<kHeadDim, true>(call);
 }

@@ -60,6 +60,13 @@ __device__ __forceinline__ int current_lane() {
   return lane;
 }
 
+// prmt.b32 of a table of 8 bytes: those that the lower four nibbles of `index` name, none of which is above 7.
+__device__ __forceinline__ uint32_t look_up(uint2 table, uint32_t index) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(table.x), "r"(table.y), "r"(index));
+  return bytes;
+}
+
 // prmt.b32 in the mode that repeats the sign: 0xff where a byte's highest bit is set, 0 where not.
 __device__ __forceinline__ uint32_t sign_masks(uint32_t bytes) {
   uint32_t masks;
@@ -77,6 +84,24 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// cvt.pack.sat: rest << 2 n | high << n | low, with the nearest number of n bits to each of the two: unsigned ones of 2 or
+// 4 bits, signed ones of 4.
+__device__ __forceinline__ uint32_t pack_u2(int32_t high, int32_t low, uint32_t rest) {
+  uint32_t packed;
+  asm("cvt.pack.sat.u2.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(rest));
+  return packed;
+}
+__device__ __forceinline__ uint32_t pack_u4(int32_t high, int32_t low, uint32_t rest) {
+  uint32_t packed;
+  asm("cvt.pack.sat.u4.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(rest));
+  return packed;
+}
+__device__ __forceinline__ uint32_t pack_s4(int32_t high, int32_t low, uint32_t rest) {
+  uint32_t packed;
+  asm("cvt.pack.sat.s4.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(rest));
   return packed;
 }
 

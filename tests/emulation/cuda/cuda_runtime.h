@@ -121,6 +121,9 @@ inline float __fmaf_rz(float a, float b, float c) {
   const float nearest = float(sum);
   return fabs(double(nearest)) > fabs(sum) ? nextafterf(nearest, 0.0f) : nearest;
 }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return uint32_t(uint64_t{a} * b >> 32);
+}
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
   for (int i = 0; i < 32; i += 8) c += (a >> i & 0xff) * (b >> i & 0xff);
   return c;

@@ -5,6 +5,7 @@
 
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <type_traits>
 
 namespace tqkv::cuda {
@@ -61,6 +62,10 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+inline uint32_t look_up(uint2 table, uint32_t index) {
+  return permute_bytes(table.x, table.y, index);
+}
+
 inline uint32_t sign_masks(uint32_t bytes) {
   return permute_bytes(bytes, 0, 0xba98);
 }
@@ -86,6 +91,25 @@ inline uint32_t pack_f16(float low, float high) {
 }
 inline uint32_t pack_bf16(float low, float high) {
   return round_to_16_bits<8, -126>(high) << 16 | round_to_16_bits<8, -126>(low);
+}
+
+// cvt.pack.sat.{u2,u4,s4}.s32.b32
+template <int kBits, int kLeast>
+uint32_t pack_saturated(int32_t high, int32_t low, uint32_t rest) {
+  constexpr int kCount = 1 << kBits;
+  const auto field = [](int32_t x) {
+    return uint32_t(std::clamp(x, kLeast, kLeast + kCount - 1)) & uint32_t(kCount - 1);
+  };
+  return rest << (2 * kBits) | field(high) << kBits | field(low);
+}
+inline uint32_t pack_u2(int32_t high, int32_t low, uint32_t rest) {
+  return pack_saturated<2, 0>(high, low, rest);
+}
+inline uint32_t pack_u4(int32_t high, int32_t low, uint32_t rest) {
+  return pack_saturated<4, 0>(high, low, rest);
+}
+inline uint32_t pack_s4(int32_t high, int32_t low, uint32_t rest) {
+  return pack_saturated<4, -8>(high, low, rest);
 }
 
 inline void f32_pair_from_f16(uint32_t packed, float &low, float &high) {
