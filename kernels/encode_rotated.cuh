@@ -656,8 +656,9 @@ __host__ __device__ inline bool is_two_bits(const SideParams &side) {
   return side.scale_rule == TQ_SCALE_LEAST_MSE && side.bits == 2;
 }
 
+// Products by mma take more registers.
 template <int kHeadDim, bool kPaged>
-__global__ void __launch_bounds__(32 * rotated_warps(kHeadDim), rotated_blocks(kHeadDim))
+__global__ void __launch_bounds__(32 * rotated_warps(kHeadDim), kHasWgmma ? rotated_blocks(kHeadDim) : 1)
     encode_rotated_kernel(const __grid_constant__ VectorCall call) {
   const VectorSide &v = call.side[blockIdx.y];
   const SideParams &side = v.side;
