@@ -33,7 +33,7 @@ inline constexpr int kMostSteps = 512;  // a power of two; a step past its multi
 inline constexpr int kMaxItems = 16, kMaxStages = 64;
 // Steps whose places are looked up at a time, a lane a tile, and kept.
 inline constexpr int kBatch = 32 / kStepTiles, kTable = 4 * kBatch;
-inline constexpr int kMostTeamStages = kBatch - 4;  // those of steps that are looked up in time
+inline constexpr int kMostTeamStages = kBatch - 4;       // those of steps that are looked up in time
 inline constexpr int kAttentionSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr float kMinusInfinity = -INFINITY;
 
@@ -74,7 +74,7 @@ struct AttentionShared {
   uint64_t full[kMaxStages], empty[kMaxStages];  // next to each other
   ListedItem items[kMaxItems];
   int32_t num_items, listed_before, more;  // of the block's items
-  int32_t current[16];               // the item that a warp is at
+  int32_t current[16];                     // the item that a warp is at
   // Of list_items(): units and segments with units, see there.
   uint64_t sums[16], first_segment, last_segment;
 };
@@ -161,15 +161,22 @@ __device__ __forceinline__ void list_items(const AttentionCall &call, AttentionS
       const int first = max(int(from) - call.item_units, 0);
       ListedItem listed;
       listed.slot = int32_t(blockIdx.x + segment);
-      listed.item = {s, 0, int32_t(copy / packs), int32_t(copy % packs), range.first + first,
-                     range.first + max(int(to) - call.item_units, first), 0, 0};
+      listed.item = {s,
+                     0,
+                     int32_t(copy / packs),
+                     int32_t(copy % packs),
+                     range.first + first,
+                     range.first + max(int(to) - call.item_units, first),
+                     0,
+                     0};
       listed.sequence = sequence;
       listed.fault = 0;
       if (low < high) {
         if (at < 0 || at >= kMaxItems) continue;
         shared.items[at] = listed;
       }
-      call.items[listed.slot] = listed.item;  // if the block has no unit, too: the slot may be between those of a segment
+      call.items[listed.slot] =
+          listed.item;  // if the block has no unit, too: the slot may be between those of a segment
       if (listed.item.first_tile == listed.item.end_tile) continue;
       if (first == 0) call.segments[segment].first_slot = listed.slot;
       if (to == units) call.segments[segment].end_slot = listed.slot + 1;
@@ -621,7 +628,7 @@ struct AttentionShape {
 // row, and coded.
 template <int kRows>
 __device__ __forceinline__ int2 describe_rows(const AttentionCall &call, const ListedItem &listed, int pack_head,
-                                           RowState *states) {
+                                              RowState *states) {
   const Sequence &sequence = listed.sequence;
   const AttentionItem &item = listed.item;
   const int row = lane_index(), token = item.token_block * call.block_tokens + row / call.block_heads;
@@ -1146,8 +1153,7 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
         }
       }
     }
-    float *to = reinterpret_cast<float *>(slot + ring.outputs_at) +
-                int64_t{head} * num_rows * Shape::kHeadDimV;
+    float *to = reinterpret_cast<float *>(slot + ring.outputs_at) + int64_t{head} * num_rows * Shape::kHeadDimV;
     rows.for_each_channel([&](int i, int channel) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
@@ -1281,8 +1287,8 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
       const int scratch = (warps - call.pack_heads) * Shape::kScratch * int(sizeof(float));
       const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(StepTable));
       const int others = scratch + states + tables + int(sizeof(AttentionShared));
-      ring.stages =
-          std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes), std::min(kMaxStages / teams, kMostTeamStages));
+      ring.stages = std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes),
+                             std::min(kMaxStages / teams, kMostTeamStages));
       if (ring.stages < least_stages) continue;
       ring.teams = teams;
       ring.scratch_at = teams * ring.stages * ring.stage_bytes;
