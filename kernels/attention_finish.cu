@@ -677,7 +677,8 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
                                             const FinishWork &work) {
   __shared__ Factors factors;
   BlockRows rows;
-  // What comes before the wait is written by "prepare", whose end the kernels before have waited for.
+  // What comes before the wait is written by "prepare", whose end the kernels before have waited for; in a DIRECT call it is
+  // the caller's.
   if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return grid_dependency_wait();
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   const int32_t s = rows.segment.sequence;
