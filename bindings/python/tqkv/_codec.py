@@ -620,6 +620,27 @@ class Codec:
         )
         args.k_token_stride, args.k_head_stride = keys.strides[:2]
         args.v_token_stride, args.v_head_stride = values.strides[:2]
+        self._fill_move(
+            args, pages, where, exact_pages, exact_slots, key_offset, faults, workspace, keys, on, tokens, keep
+        )
+        return args, keep
+
+    def _fill_move(
+        self,
+        args: Any,
+        pages: Pages,
+        where: View,
+        exact_pages: Pages | None,
+        exact_slots: Any,
+        key_offset: Any,
+        faults: Faults | None,
+        workspace: Any,
+        like: View,
+        on: int,
+        tokens: int,
+        keep: list[Any],
+    ) -> None:
+        """What the arguments of store and load have in common; `keep` gets what must outlive the call."""
         args.pages, args.slots = self._pages(pages, "coded", "pages"), where.pointer
         if exact_pages is not None:
             args.exact_pages = self._pages(exact_pages, "exact", "exact_pages")
@@ -628,10 +649,9 @@ class Codec:
             args.exact_slots = exact.pointer
         args.key_offset = self._vector(key_offset, "key_offset", (self.kv_heads, self.head_dim_k), "f32", on, keep)
         args.faults = self._faults(faults)
-        args.workspace, args.workspace_bytes, memory = self._cache_workspace(tokens, workspace, keys, on)
+        args.workspace, args.workspace_bytes, memory = self._cache_workspace(tokens, workspace, like, on)
         args.stream = on
         keep += [memory, faults]
-        return args, keep
 
     def load(
         self,
@@ -679,18 +699,11 @@ class Codec:
             setattr(args, f"{name}_token_stride", to.strides[0])
             setattr(args, f"{name}_head_stride", to.strides[1])
             outputs.append(x)
-        args.pages, args.slots = self._pages(pages, "coded", "pages"), where.pointer
-        if exact_pages is not None:
-            args.exact_pages = self._pages(exact_pages, "exact", "exact_pages")
-            exact = self._slots(exact_slots, "exact_slots", tokens, on)
-            keep.append(exact)
-            args.exact_slots = exact.pointer
-        args.key_offset = self._vector(key_offset, "key_offset", (self.kv_heads, self.head_dim_k), "f32", on, keep)
-        args.faults = self._faults(faults)
-        args.workspace, args.workspace_bytes, memory = self._cache_workspace(tokens, workspace, where, on)
-        args.stream = on
+        self._fill_move(
+            args, pages, where, exact_pages, exact_slots, key_offset, faults, workspace, where, on, tokens, keep
+        )
         check(functions.cache_load(self.handle, ctypes.byref(args)))
-        del memory, keep
+        del keep
         return outputs[0], outputs[1]
 
     def copy(
