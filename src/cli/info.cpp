@@ -2,7 +2,6 @@
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <regex>
 
 #include "commands.hpp"
 #include "common.hpp"
@@ -94,8 +93,10 @@ void print(const ordered_json &json) {
     line("CPU", cpu["name"].get<std::string>() + ", " + cpu["processors"].dump() + " cores, " +
                     bytes_text(cpu["memory_bytes"]));
   }
-  line("SIMD",
-       text("simd_target") + " is used; built for " + std::regex_replace(text("simd_targets"), std::regex(","), ", "));
+  std::string targets = text("simd_targets");
+  for (size_t comma = 0; (comma = targets.find(',', comma)) != std::string::npos; ++comma)
+    targets.insert(comma + 1, " ");
+  line("SIMD", text("simd_target") + " is used; built for " + targets);
   line("CUDA", json["cuda"] == "not built" ? "not built" : "kernels for " + text("cuda"));
   if (json["cuda_devices"].empty()) line("GPU", "none: " + text("cuda_devices_reason"));
   for (const ordered_json &gpu : json["cuda_devices"]) {
