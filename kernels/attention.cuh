@@ -175,8 +175,8 @@ __device__ __forceinline__ void list_items(const AttentionCall &call, AttentionS
         if (at < 0 || at >= kMaxItems) continue;
         shared.items[at] = listed;
       }
-      call.items[listed.slot] =
-          listed.item;  // if the block has no unit, too: the slot may be between those of a segment
+      // If the block has no unit, too: the slot may be between those of a segment.
+      call.items[listed.slot] = listed.item;
       if (listed.item.first_tile == listed.item.end_tile) continue;
       if (first == 0) call.segments[segment].first_slot = listed.slot;
       if (to == units) call.segments[segment].end_slot = listed.slot + 1;
@@ -616,7 +616,7 @@ struct AttentionShape {
   using K = KSide;
   using V = VSide;
   static constexpr bool kAny = kAnyPages;  // scales of any type, blocks of any size
-  static constexpr int kHeadDimK = kDimK, kHeadDimV = kDimV;
+  static constexpr int kHeadDimV = kDimV;
   static constexpr int kBlocks = kBlocksOfRows, kRows = 4 * kBlocks;
   static constexpr int kScratch = 2 * V::kColumns * 32;  // floats that a warp has
   static constexpr int kWarps = attention_warps(kDimK, kDimV, kBlocks);
