@@ -47,7 +47,7 @@ def type_name(dtype: Any, name: str = "dtype") -> str:
 class View:
     """Where an array is and what it holds; `owner` keeps it alive. Strides are in elements."""
 
-    __slots__ = ("device", "dtype", "library", "owner", "pointer", "readonly", "shape", "stream", "strides")
+    __slots__ = ("array_library", "device", "dtype", "owner", "pointer", "readonly", "shape", "stream", "strides")
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class View:
         self.strides = strides
         self.dtype = dtype
         self.device = device
-        self.library = library
+        self.array_library = library
         self.owner = owner
         self.readonly = readonly
         self.stream = stream
@@ -620,7 +620,7 @@ _LIBRARIES: dict[str, type[Library]] = {"numpy": NumpyLibrary, "torch": TorchLib
 _made: dict[tuple[str, Device], Library] = {}
 
 
-def library(name: str | None, device: Device) -> Library:
+def array_library(name: str | None, device: Device) -> Library:
     """The array library to allocate with. None: NumPy on the CPU; PyTorch, else CuPy, on a CUDA device."""
     if name is None:
         if device[0] == "cpu":
@@ -637,6 +637,6 @@ def library(name: str | None, device: Device) -> Library:
 
 def library_of(found: View, device: Device) -> Library:
     """The library to allocate outputs with: that of an input where it can be."""
-    if found.library == "torch" or (found.library == "cupy" and device[0] == "cuda"):
-        return library(found.library, device)
-    return library(None, device)
+    if found.array_library == "torch" or (found.array_library == "cupy" and device[0] == "cuda"):
+        return array_library(found.array_library, device)
+    return array_library(None, device)

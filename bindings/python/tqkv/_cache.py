@@ -129,12 +129,12 @@ class PagedCache:
         self.exact_recent_tokens = exact_recent_tokens
         self.window_tokens = window_tokens
         self.rollback_tokens = rollback_tokens
-        self.library = _arrays.library(library, codec.device_tuple)
-        self.pages = [codec.new_pages(num_blocks, "coded", self.library.name) for _ in range(num_layers)]
+        self.array_library = _arrays.array_library(library, codec.device_tuple)
+        self.pages = [codec.new_pages(num_blocks, "coded", self.array_library.name) for _ in range(num_layers)]
         self.exact_pages: list[Pages] = []
         if exact_first_tokens or exact_recent_tokens:
             self.exact_pages = [
-                codec.new_pages(num_exact_blocks, "exact", self.library.name) for _ in range(num_layers)
+                codec.new_pages(num_exact_blocks, "exact", self.array_library.name) for _ in range(num_layers)
             ]
         self._key_offsets: list[Any] = [None] * num_layers
         self._key_offset_pointers = [0] * num_layers
@@ -363,7 +363,7 @@ class PagedCache:
             options: dict[str, Any] = {}
             if exact_pairs:
                 options = {"exact_src": self.exact_pages[layer], "exact_pairs": exact}
-            self.codec.copy(self.pages[layer], coded, stream=self.library.stream(), **options)
+            self.codec.copy(self.pages[layer], coded, stream=self.array_library.stream(), **options)
 
     def _release(self, found: _Sequence, new: int) -> None:
         """Gives back what no later query of a sequence of `new` tokens sees. The call at hand may still read it: it is on
@@ -502,7 +502,7 @@ class PagedCache:
             kind = _arrays.type_name(options.get("dtype") or "f32")
             shape = (last - first, self.codec.kv_heads)
             for name, dim in (("k", self.codec.head_dim_k), ("v", self.codec.head_dim_v)):
-                options.setdefault(name, self.library.zeros((*shape, dim), kind))
+                options.setdefault(name, self.array_library.zeros((*shape, dim), kind))
             options["dtype"] = kind
         if self.exact_pages:
             exact = self._slots_of(found.exact, first, last, self.codec.exact_block_size)
@@ -513,9 +513,9 @@ class PagedCache:
         )
 
     def _upload(self, values: np.ndarray[Any, Any]) -> Any:
-        memory = self.library.empty((values.nbytes,), "u8")
-        self.library.upload(memory, np.ascontiguousarray(values).view(np.uint8).reshape(-1))
-        return self.library.reinterpret(memory, 0, values.shape, _arrays.type_name(values.dtype))
+        memory = self.array_library.empty((values.nbytes,), "u8")
+        self.array_library.upload(memory, np.ascontiguousarray(values).view(np.uint8).reshape(-1))
+        return self.array_library.reinterpret(memory, 0, values.shape, _arrays.type_name(values.dtype))
 
     def _attention_options(self, q: Any, batch: Batch, layer: int, options: dict[str, Any]) -> dict[str, Any]:
         tokens = getattr(q, "shape", (batch.num_tokens,))[0]
@@ -554,7 +554,7 @@ class PagedCache:
             if key is not None:
                 kind = _arrays.view(bound.out, "out").dtype
                 sums = None if bound.lse is None else bound.lse.shape
-                batch._calls[key] = (bound.args, bound.library, bound.out.shape, kind, sums, rest)
+                batch._calls[key] = (bound.args, bound.array_library, bound.out.shape, kind, sums, rest)
             return bound.out if bound.lse is None else (bound.out, bound.lse)
         args, library, shape, kind, sums, _ = call
         for name, x in zip(("q", "k_new", "v_new"), arrays, strict=False):
@@ -579,7 +579,7 @@ class PagedCache:
         return self.codec.bind_attention(q, self.pages[layer], batch.block_table, batch.lengths, **options)
 
     def new_faults(self) -> Faults:
-        return self.codec.new_faults(self.library.name)
+        return self.codec.new_faults(self.array_library.name)
 
 
 class Batch:
@@ -713,12 +713,12 @@ class Batch:
             offsets[name] = total
             total += -(-int(np.prod(shape)) * _arrays.ITEM_BYTES[dtype] // 16) * 16
         self._host_memory = np.zeros(total, np.uint8)
-        self._device_memory = self.cache.library.empty((total,), "u8")
+        self._device_memory = self.cache.array_library.empty((total,), "u8")
         host = {"i64": np.int64, "i32": np.int32}
         for name, (dtype, shape) in shapes.items():
             first, count = offsets[name], int(np.prod(shape)) * _arrays.ITEM_BYTES[dtype]
             self._host[name] = self._host_memory[first : first + count].view(host[dtype]).reshape(shape)
-            self._device[name] = self.cache.library.reinterpret(self._device_memory, first, shape, dtype)
+            self._device[name] = self.cache.array_library.reinterpret(self._device_memory, first, shape, dtype)
         self._host["block_table"][...] = _NONE
         self._host["exact_table"][...] = _NONE
         self._table_rows = []
@@ -755,7 +755,7 @@ class Batch:
         self._table_rows = list(rows)
         end = len(self._host_memory) if changed else self._tables_at
         if end:
-            cache.library.upload(self._device_memory[:end], self._host_memory[:end])
+            cache.array_library.upload(self._device_memory[:end], self._host_memory[:end])
 
     @property
     def slots(self) -> Any:

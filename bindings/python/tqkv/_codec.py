@@ -110,7 +110,7 @@ class Faults:
     """Counters of data-dependent faults in the device's memory; calls that are given them add to them."""
 
     def __init__(self, device: Any = "cpu", library: str | None = None):
-        self._library = _arrays.library(library, parse_device(device))
+        self._library = _arrays.array_library(library, parse_device(device))
         self.array = self._library.zeros((64,), "u8")
 
     def read(self) -> FaultCounts:
@@ -396,7 +396,7 @@ class Codec:
 
     def new_pages(self, num_blocks: int, which: str = "coded", library: str | None = None) -> Pages:
         """A pool in new memory of an array library (None: NumPy on the CPU, else PyTorch or CuPy)."""
-        memory = _arrays.library(library, self.device_tuple).zeros((self.bytes(num_blocks, which),), "u8")
+        memory = _arrays.array_library(library, self.device_tuple).zeros((self.bytes(num_blocks, which),), "u8")
         return Pages(self, memory, num_blocks, which)
 
     def new_faults(self, library: str | None = None) -> Faults:
@@ -945,7 +945,7 @@ class BoundAttention:
         "_ordinal",
         "args",
         "args_pointer",
-        "library",
+        "array_library",
         "lse",
         "out",
         "q",
@@ -972,7 +972,7 @@ class BoundAttention:
             self._current = library.stream
         self.args = args
         self.args_pointer = ctypes.pointer(args)
-        self.library = library
+        self.array_library = library
         self.q = q
         self.out = out
         self.lse = lse
@@ -1009,7 +1009,7 @@ class Build:
     simd_targets: str
     simd_target: str
     cuda: str
-    library: str
+    library_path: str
 
 
 def build_info() -> Build:
@@ -1023,7 +1023,7 @@ def build_info() -> Build:
         simd_targets=build.simd_targets.decode(),
         simd_target=build.simd_target.decode(),
         cuda=build.cuda.decode(),
-        library=_lib.library_path(),
+        library_path=_lib.library_path(),
     )
 
 

@@ -622,7 +622,7 @@ def _candidates() -> list[str]:
 class _Loaded:
     api: Any = None
     path = ""
-    library: Any = None
+    handle: Any = None
 
 
 def _load() -> Any:
@@ -644,7 +644,7 @@ def _load() -> Any:
         api = Api()
         size = table.contents.struct_size
         ctypes.memmove(ctypes.byref(api), table, min(size, ctypes.sizeof(Api)))
-        _Loaded.api, _Loaded.path, _Loaded.library = api, path, library
+        _Loaded.api, _Loaded.path, _Loaded.handle = api, path, library
         return api
     raise LibraryNotFound(
         "no usable libtqkv: set TQKV_LIBRARY to the path of libtqkv.so, or reinstall the package ("

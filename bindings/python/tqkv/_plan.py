@@ -152,7 +152,7 @@ def validate(
                 seed=int(random.integers(1 << 63)),
                 device=device,
             ) as codec:
-                memory = _arrays.library(library, codec.device_tuple)
+                memory = _arrays.array_library(library, codec.device_tuple)
                 raw = memory.empty((rows.nbytes,), "u8")
                 memory.upload(raw, rows.view(np.uint8).reshape(-1))
                 on_device = memory.reinterpret(raw, 0, rows.shape, "f32")
