@@ -118,7 +118,7 @@ __device__ __forceinline__ void list_items(const AttentionCall &call, AttentionS
     sequence = read_sequence(call, s, 0);
     range = tile_range(call, sequence, 0);
   }
-  const uint32_t units = range.first < range.end ? uint32_t(range.end - range.first + call.item_units) : 0;
+  const uint32_t units = uint32_t(units_of(call, range));
   uint64_t sum = uint64_t{units} * copies + (uint64_t{units > 0 ? copies : 0} << kUnitBits);
   const uint64_t own = sum;
 #pragma unroll 1
@@ -269,7 +269,7 @@ __device__ inline void find_steps(const AttentionCall &call, AttentionShared &sh
   } else {
     const int tiles = pool.block_size / kTileTokens, block = tile / tiles, id = sequence.table[block];
     const int later = min(tile + kBatch * kStepTiles * team.count, listed.item.end_tile - 1);
-    prefetch(&sequence.table[later / tiles]);
+    prefetch_l1(&sequence.table[later / tiles]);
     bad = id < 0 || id >= pool.num_blocks;
     if (!bad) at = pool.base + id * pool.block_stride + (tile - block * tiles) * pool.tile_stride;
   }

@@ -100,7 +100,7 @@ __device__ int64_t number_units(const AttentionCall &call, Schedule &shared, int
                                       : new_tile_range(call, sequence, int32_t(block));
           call.segments[i] = {
               s, int32_t(block), int32_t(copy / packs), int32_t(copy % packs), range.first, range.end, 0, 0};
-          own = range.first < range.end ? range.end - range.first + call.item_units : 0;
+          own = units_of(call, range);
         }
       }
       int64_t to_own = own;

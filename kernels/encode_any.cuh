@@ -391,6 +391,20 @@ struct RowValues {
   }
 };
 
+// sum + <Y, u> of 8 channels in units of kUnit, |u| in bytes `low` and `high`. Terms are positive: |Y| < 2^16 in the last
+// bits of 2^23 + |Y|.
+__device__ __forceinline__ uint32_t add_dot(const float (&y)[8], uint32_t low, uint32_t high, uint32_t sum) {
+  uint32_t pair[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const float a = __fmaf_rn(fabsf(y[2 * c]), 1 / kUnit, 0x1p23f);
+    const float b = __fmaf_rn(fabsf(y[2 * c + 1]), 1 / kUnit, 0x1p23f);
+    pair[c] = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x5410);
+  }
+  sum = __dp2a_hi(pair[1], low, __dp2a_lo(pair[0], low, sum));
+  return __dp2a_hi(pair[3], high, __dp2a_lo(pair[2], high, sum));
+}
+
 // What turns coordinates into codes and sums.
 template <int kHeadDim, bool kDot>
 struct Chooser {
@@ -408,17 +422,7 @@ struct Chooser {
     const uint32_t low = __byte_perm(magnitudes.x, magnitudes.y, index3);
     const uint32_t high = __byte_perm(magnitudes.x, magnitudes.y, index3 >> 16);
     uu[r] = __dp4a(high, high, __dp4a(low, low, uu[r]));
-    if constexpr (kDot) {  // <Y, u>, whose terms are positive: |Y| < 2^16 in the last bits of 2^23 + |Y|
-      uint32_t pair[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const float a = __fmaf_rn(fabsf(y[2 * c]), 1 / kUnit, 0x1p23f);
-        const float b = __fmaf_rn(fabsf(y[2 * c + 1]), 1 / kUnit, 0x1p23f);
-        pair[c] = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x5410);
-      }
-      dot[r] = __dp2a_hi(pair[1], low, __dp2a_lo(pair[0], low, dot[r]));
-      dot[r] = __dp2a_hi(pair[3], high, __dp2a_lo(pair[2], high, dot[r]));
-    }
+    if constexpr (kDot) dot[r] = add_dot(y, low, high, dot[r]);
     return word;
   }
   // Word `index` of row g + 8 r: channels 8 index .. 8 index + 7.

@@ -8,6 +8,7 @@
 // of a record, or nearly.
 #pragma once
 
+#include "kernels/device/operands.cuh"
 #include "kernels/encode_any.cuh"
 
 namespace tqkv::cuda {
@@ -226,8 +227,8 @@ struct PairChooser {
       } else {
         word = codes;
       }
-      const uint32_t low = look_up(magnitudes, codes);
-      const uint32_t high = look_up(magnitudes, codes >> 16);
+      const uint32_t low = permute(magnitudes.x, magnitudes.y, codes);
+      const uint32_t high = permute(magnitudes.x, magnitudes.y, codes >> 16);
       sum[r] = __dp4a(high, high, __dp4a(low, low, sum[r]));
       return word;
     }
@@ -240,8 +241,8 @@ struct PairChooser {
     for (int c = 7; c >= 0; --c) word = pack_u2(kTwo ? cell(y1[c]) : 0, cell(y0[c]), word);
     sum[r] += uint32_t(__popc((word ^ word >> 1) & 0x55555555));  // of the smaller magnitude
     if constexpr (kDot) {
-      add_dot(y0, word & 0x33333333, r);
-      if constexpr (kTwo) add_dot(y1, word >> 2 & 0x33333333, r);
+      add_own_dot(y0, word & 0x33333333, r);
+      if constexpr (kTwo) add_own_dot(y1, word >> 2 & 0x33333333, r);
     }
     return word;
   }
@@ -260,17 +261,9 @@ struct PairChooser {
 
  private:
   // <Y, u>, as Chooser.
-  __device__ __forceinline__ void add_dot(const float (&y)[8], uint32_t index, int r) {
-    const uint32_t low = look_up(magnitudes, index), high = look_up(magnitudes, index >> 16);
-    uint32_t pair[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const float a = __fmaf_rn(fabsf(y[2 * c]), 1 / kUnit, 0x1p23f);
-      const float b = __fmaf_rn(fabsf(y[2 * c + 1]), 1 / kUnit, 0x1p23f);
-      pair[c] = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x5410);
-    }
-    dot[r] = __dp2a_hi(pair[1], low, __dp2a_lo(pair[0], low, dot[r]));
-    dot[r] = __dp2a_hi(pair[3], high, __dp2a_lo(pair[2], high, dot[r]));
+  __device__ __forceinline__ void add_own_dot(const float (&y)[8], uint32_t index, int r) {
+    dot[r] = add_dot(y, permute(magnitudes.x, magnitudes.y, index), permute(magnitudes.x, magnitudes.y, index >> 16),
+                     dot[r]);
   }
 };
 

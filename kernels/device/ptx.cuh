@@ -20,11 +20,6 @@ __device__ __forceinline__ int thread_index_now() {
   return index;
 }
 
-// Brings a line of global memory nearer.
-__device__ __forceinline__ void prefetch(const void *global) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(global)));
-}
-
 // The address of shared memory that ld.shared takes.
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
@@ -37,7 +32,10 @@ __device__ __forceinline__ uint32_t load_shared_byte(uint32_t address) {
   return byte;
 }
 
-// prefetch.global.L2: brings the line of an address into the L2 cache.
+// prefetch.global: brings the line of an address into the L1 or the L2 cache.
+__device__ __forceinline__ void prefetch_l1(const void *address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(address)));
+}
 __device__ __forceinline__ void prefetch_l2(const void *address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 }
@@ -58,13 +56,6 @@ __device__ __forceinline__ int current_lane() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   return lane;
-}
-
-// prmt.b32 of a table of 8 bytes: those that the lower four nibbles of `index` name, none of which is above 7.
-__device__ __forceinline__ uint32_t look_up(uint2 table, uint32_t index) {
-  uint32_t bytes;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(table.x), "r"(table.y), "r"(index));
-  return bytes;
 }
 
 // prmt.b32 in the mode that repeats the sign: 0xff where a byte's highest bit is set, 0 where not.

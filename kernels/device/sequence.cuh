@@ -133,6 +133,11 @@ __device__ inline TileRange tile_range(const AttentionCall &call, const Sequence
   return {keys.low / kTileTokens, (keys.high - 1) / kTileTokens + 1};
 }
 
+// Units of a segment with these tiles, see attention.hpp.
+__device__ inline int32_t units_of(const AttentionCall &call, TileRange tiles) {
+  return tiles.first < tiles.end ? tiles.end - tiles.first + call.item_units : 0;
+}
+
 // The tiles of k_new, counted from its first key on, that a token of the block sees.
 __device__ inline TileRange new_tile_range(const AttentionCall &call, const Sequence &sequence, int32_t token_block) {
   if (sequence.state != kGood) return {0, 0};

@@ -44,6 +44,7 @@ inline uint32_t load_shared_word(uint32_t address) {
   return *reinterpret_cast<const uint32_t *>(shared_window() + address);
 }
 
+inline void prefetch_l1(const void *) {}
 inline void prefetch_l2(const void *) {}
 
 inline void keep_branch() {}
@@ -60,10 +61,6 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     if (selector >> (i / 2) & 8) result = (result >> i & 0x80) != 0 ? result | byte : result & ~byte;
   }
   return result;
-}
-
-inline uint32_t look_up(uint2 table, uint32_t index) {
-  return permute_bytes(table.x, table.y, index);
 }
 
 inline uint32_t sign_masks(uint32_t bytes) {
@@ -367,11 +364,9 @@ inline void barrier_arrive_copied(uint64_t *barrier) {
   ::emulation::barrier_arrive_copied(barrier);
 }
 
-// griddepcontrol: one kernel runs after the other.
 inline void bulk_copy_fence() {}
 
-inline void prefetch(const void *) {}
-
+// griddepcontrol: one kernel runs after the other.
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
 
