@@ -276,7 +276,7 @@ class Bench {
       }
     }
     // Every call of a graph has another set, or the sets take turns; both are far larger than the L2 cache.
-    const Rotation rotation{sets.count, int(std::max<int64_t>(4, std::min(sets.count, kColdBytes / row.bytes + 1)))};
+    const Rotation rotation{sets.count, int(std::max<int64_t>(8, std::min(sets.count, kColdBytes / row.bytes + 1)))};
     row.time = time_of(
         [&](int i, cudaStream_t stream) {
           tq_attention_args call = args;
@@ -300,7 +300,7 @@ class Bench {
     const int64_t groups = divided_up(bytes, kGroupBytes);
     const int64_t sets = kPoolTokens * pool_->layout.bytes_per_token / (groups * kGroupBytes);
     if (sets == 0) throw std::runtime_error("a call reads more bytes than the pool has");
-    const Rotation rotation{sets, int(std::max<int64_t>(4, std::min(sets, kColdBytes / bytes + 1)))};
+    const Rotation rotation{sets, int(std::max<int64_t>(8, std::min(sets, kColdBytes / bytes + 1)))};
     const Moves moves{pool_->memory->data, unwritten_.data, groups, kGroupBytes, 0};
     return pool_->ceilings[bytes] = gpu_.ceiling(moves, rotation, {16});
   }

@@ -30,7 +30,7 @@ namespace tqkv::cuda {
 
 inline constexpr int kStepTiles = 2;
 inline constexpr int kMostSteps = 512;  // a power of two; a step past its multiples low sums are carried to high ones
-inline constexpr int kMaxItems = 16, kMaxStages = 64;
+inline constexpr int kMaxItems = 16, kMaxStages = 64, kMostWarps = 16;
 // Steps whose places are looked up at a time, a lane a tile, and kept.
 inline constexpr int kBatch = 32 / kStepTiles, kTable = 4 * kBatch;
 inline constexpr int kMostTeamStages = kBatch - 4;       // those of steps that are looked up in time
@@ -50,7 +50,6 @@ struct ListedItem {
   AttentionItem item;
   Sequence sequence;
   int32_t slot;
-  int32_t fault;  // in a DIRECT call: a needed id is bad
 };
 
 // A team's steps of the list, step n at n % kTable.
@@ -74,9 +73,9 @@ struct AttentionShared {
   uint64_t full[kMaxStages], empty[kMaxStages];  // next to each other
   ListedItem items[kMaxItems];
   int32_t num_items, listed_before, more;  // of the block's items
-  int32_t current[16];                     // the item that a warp is at
-  // Of list_items(): units and segments with units, see there.
-  uint64_t sums[16], first_segment, last_segment;
+  int32_t current[kMostWarps];             // the item that a warp is at
+  // Of list_items().
+  uint64_t sums[kMostWarps], first_segment, last_segment;
 };
 
 // A warp's team.
@@ -105,81 +104,42 @@ __device__ inline int tile_of(const AttentionItem &item, Team team, int step) {
 
 // ---- listing items
 
-// The block's items from the `before`-th on, in a DIRECT call: a thread a sequence. By the block; ends with all threads
-// together.
+// The block's items from the `before`-th on, in a DIRECT call. By the block; ends with all threads together.
 __device__ __forceinline__ void list_items(const AttentionCall &call, AttentionShared &shared, int before) {
-  constexpr int kUnitBits = 44;  // of a number; above: how many segments have units
-  constexpr uint64_t kUnits = (uint64_t{1} << kUnitBits) - 1;
-  const int s = int(threadIdx.x), warp = s / 32, lane = s % 32;
   const uint32_t packs = uint32_t(call.head_packs), copies = uint32_t(call.head_parts) * packs;
-  Sequence sequence;
-  TileRange range{0, 0};
-  if (s < call.num_seqs) {
-    sequence = read_sequence(call, s, 0);
-    range = tile_range(call, sequence, 0);
+  const DirectPart part = direct_part(call, shared.sums);
+  const uint64_t end = part.begin + uint64_t{part.units} * copies;
+  const UnitRange block = block_units(call, part.all, int(blockIdx.x));
+  if (part.begin <= block.low && block.low < end) {
+    shared.first_segment = part.before + (block.low - part.begin) / part.units;
   }
-  const uint32_t units = uint32_t(units_of(call, range));
-  uint64_t sum = uint64_t{units} * copies + (uint64_t{units > 0 ? copies : 0} << kUnitBits);
-  const uint64_t own = sum;
-#pragma unroll 1
-  for (int step = 1; step < 32; step *= 2) {
-    const uint64_t other = __shfl_up_sync(kAll, sum, unsigned(step));
-    if (lane >= step) sum += other;
+  if (part.begin < block.high && block.high <= end) {
+    shared.last_segment = part.before + (block.high - 1 - part.begin) / part.units;
   }
-  if (lane == 31) shared.sums[warp] = sum;
   __syncthreads();
-  uint64_t total = 0;
-  sum -= own;
+  const int count = block.low < block.high ? int(shared.last_segment + 1 - shared.first_segment) : 0;
+  if (threadIdx.x == 0) shared.num_items = min(count - before, kMaxItems), shared.more = count - before > kMaxItems;
+  if (part.units > 0 && block.low < end && part.begin < block.high) {
+    uint32_t copy = block.low > part.begin ? uint32_t((block.low - part.begin) / part.units) : 0;
+    int at = int(part.before + copy - shared.first_segment) - before;
 #pragma unroll 1
-  for (int w = 0; w < int(blockDim.x) / 32; ++w) {
-    if (w < warp) sum += shared.sums[w];
-    total += shared.sums[w];
-  }
-  const uint64_t begin = sum & kUnits, end = begin + uint64_t{units} * copies, first_segment = sum >> kUnitBits;
-  const uint64_t blocks = uint64_t(call.blocks), all = total & kUnits, low = blockIdx.x * all / blocks,
-                 high = (blockIdx.x + 1) * all / blocks;
-  if (begin <= low && low < end) shared.first_segment = first_segment + (low - begin) / units;
-  if (begin < high && high <= end) shared.last_segment = first_segment + (high - 1 - begin) / units;
-  __syncthreads();
-  const int count = low < high ? int(shared.last_segment + 1 - shared.first_segment) : 0;
-  if (s == 0) shared.num_items = min(count - before, kMaxItems), shared.more = count - before > kMaxItems;
-  if (blockIdx.x == 0 && units == 0 && s < call.num_seqs) {
-#pragma unroll 1
-    for (uint32_t copy = 0; copy < copies; ++copy) {
-      call.segments[uint32_t(s) * copies + copy].first_slot = call.segments[uint32_t(s) * copies + copy].end_slot = 0;
-    }
-  }
-  if (units > 0 && low < end && begin < max(high, low + 1)) {
-    uint32_t copy = low > begin ? uint32_t((low - begin) / units) : 0;
-    int at = int(first_segment + copy - shared.first_segment) - before;
-#pragma unroll 1
-    for (uint64_t first_unit = begin + uint64_t{copy} * units; copy < copies && first_unit < max(high, low + 1);
-         ++copy, ++at, first_unit += units) {
-      const uint32_t segment = uint32_t(s) * copies + copy;
-      const uint32_t from = low > first_unit ? uint32_t(low - first_unit) : 0;
-      const uint32_t to = uint32_t(min(high - first_unit, uint64_t{units}));
+    for (uint64_t unit = part.begin + uint64_t{copy} * part.units; copy < copies && unit < block.high;
+         ++copy, ++at, unit += part.units) {
+      if (at < 0 || at >= kMaxItems) continue;
+      const uint32_t from = block.low > unit ? uint32_t(block.low - unit) : 0;
+      const uint32_t to = uint32_t(min(block.high - unit, uint64_t{part.units}));
       const int first = max(int(from) - call.item_units, 0);
-      ListedItem listed;
-      listed.slot = int32_t(blockIdx.x + segment);
-      listed.item = {s,
-                     0,
+      ListedItem &listed = shared.items[at];
+      listed.slot = int32_t(blockIdx.x + threadIdx.x * copies + copy);
+      listed.item = {int32_t(threadIdx.x / uint32_t(call.token_blocks)),
+                     int32_t(threadIdx.x % uint32_t(call.token_blocks)),
                      int32_t(copy / packs),
                      int32_t(copy % packs),
-                     range.first + first,
-                     range.first + max(int(to) - call.item_units, first),
+                     part.tiles.first + first,
+                     part.tiles.first + max(int(to) - call.item_units, first),
                      0,
                      0};
-      listed.sequence = sequence;
-      listed.fault = 0;
-      if (low < high) {
-        if (at < 0 || at >= kMaxItems) continue;
-        shared.items[at] = listed;
-      }
-      // If the block has no unit, too: the slot may be between those of a segment.
-      call.items[listed.slot] = listed.item;
-      if (listed.item.first_tile == listed.item.end_tile) continue;
-      if (first == 0) call.segments[segment].first_slot = listed.slot;
-      if (to == units) call.segments[segment].end_slot = listed.slot + 1;
+      listed.sequence = part.sequence;
     }
   }
 }
@@ -194,7 +154,6 @@ __device__ inline void read_items(const AttentionCall &call, AttentionShared &sh
     listed.slot = block.first + before + lane;
     listed.item = call.items[listed.slot];
     listed.sequence = read_sequence(call, listed.item.sequence, 0);
-    listed.fault = 0;
     shared.items[lane] = listed;
   }
   if (lane == 0) shared.num_items = count, shared.more = block.count - before > kMaxItems;
@@ -203,12 +162,8 @@ __device__ inline void read_items(const AttentionCall &call, AttentionShared &sh
 // ---- finding tiles
 
 // A needed id is bad.
-__device__ inline void note_fault(const AttentionCall &call, ListedItem &listed) {
-  if (call.direct != 0) {
-    atomicMax(&listed.fault, 1);
-  } else {
-    atomicMax(&call.sequence_faults[listed.item.sequence], 1);
-  }
+__device__ inline void note_fault(const AttentionCall &call, const ListedItem &listed) {
+  atomicMax(&call.sequence_faults[listed.item.sequence], 1);
 }
 
 // Whether some row of the item reads the codes of key j.
@@ -274,13 +229,12 @@ __device__ inline void find_steps(const AttentionCall &call, AttentionShared &sh
     if (!bad) at = pool.base + id * pool.block_stride + (tile - block * tiles) * pool.tile_stride;
   }
   if (at != nullptr) at += int64_t{listed.item.head_pack} * call.pack_heads * pool.head_stride;
-  unsigned exact = 0;
   const int j = tile * kTileTokens;
-  if (bad || !none_exact(call, sequence, j, j + kTileTokens)) {
+  const unsigned exact = none_exact(call, sequence, j, j + kTileTokens) ? 0 : exact_tokens(call, sequence, tile);
+  if (bad) {
 #pragma unroll 1
     for (int k = 0; k < kTileTokens; ++k) {
-      if (j + k < sequence.coded_length && is_exact(call, sequence, j + k)) exact |= 1u << k;
-      if (bad && is_needed(call, listed, j + k)) note_fault(call, listed);
+      if (is_needed(call, listed, j + k)) note_fault(call, listed);
     }
   }
   address = at;
@@ -624,6 +578,17 @@ struct AttentionShape {
 
 // ---- one warp's rows
 
+// Where row `row` of an item is in [num_tokens, q_heads], or -1.
+__device__ __forceinline__ int64_t row_at(const AttentionCall &call, const ListedItem &listed, int pack_head, int row) {
+  const AttentionItem &item = listed.item;
+  const int token = item.token_block * call.block_tokens + row / call.block_heads;
+  const int in_group = item.head_part * call.block_heads + row % call.block_heads;
+  if (row >= call.block_tokens * call.block_heads || token >= listed.sequence.q_len || in_group >= call.group)
+    return -1;
+  return int64_t{listed.sequence.begin + token} * call.q_heads +
+         (item.head_pack * call.pack_heads + pack_head) * call.group + in_group;
+}
+
 // Describes the rows of a warp's kv head, lanes 0 .. 7 one each; gives the item's tiles [x, y) that are visible to every
 // row, and coded.
 template <int kRows>
@@ -631,18 +596,16 @@ __device__ __forceinline__ int2 describe_rows(const AttentionCall &call, const L
                                               RowState *states) {
   const Sequence &sequence = listed.sequence;
   const AttentionItem &item = listed.item;
-  const int row = lane_index(), token = item.token_block * call.block_tokens + row / call.block_heads;
-  const int in_group = item.head_part * call.block_heads + row % call.block_heads;
+  const int row = lane_index();
+  const int64_t at = row_at(call, listed, pack_head, row);
   int begin = INT32_MIN, end = INT32_MAX;
   RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr, {0, 0}};
-  if (row < call.block_tokens * call.block_heads && token < sequence.q_len && in_group < call.group) {
-    const int head = (item.head_pack * call.pack_heads + pack_head) * call.group + in_group;
-    const int64_t at = int64_t{sequence.begin + token} * call.q_heads + head;
-    state.position = position(call, sequence, token);
+  if (at >= 0) {
+    state.position = position(call, sequence, item.token_block * call.block_tokens + row / call.block_heads);
     const KeyRange keys = visible_keys(call, sequence, state.position);
     begin = state.low = keys.low;
     end = state.high = min(min(keys.high, sequence.coded_length), item.end_tile * kTileTokens);
-    if (call.alibi_slopes != nullptr) state.slope = call.alibi_slopes[head] * kLog2E;
+    if (call.alibi_slopes != nullptr) state.slope = call.alibi_slopes[at % call.q_heads] * kLog2E;
     state.query = call.query_rows[at];
     state.operands = call.query_operands + at * 2 * call.operand_bytes;
   }
@@ -675,6 +638,17 @@ class WarpRows {
   // `states`: of all warps.
   __device__ WarpRows(const AttentionCall &call, RowState *states)
       : call_(call), all_states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
+
+  // Brings what begin() reads to the L1 cache.
+  __device__ void prefetch(const ListedItem &listed, int pack_head) const {
+    constexpr int kLines = 4;  // of a row: two bytes of at most 256 channels
+    const int row = lane_index() / kLines, line = lane_index() % kLines;
+    const int64_t at = row_at(call_, listed, pack_head, row);
+    if (at < 0) return;
+    if (128 * line < 2 * call_.operand_bytes)
+      prefetch_l1(call_.query_operands + at * 2 * call_.operand_bytes + 128 * line);
+    if (line == kLines - 1) prefetch_l1(call_.query_rows + at);
+  }
 
   // `number`: of the first tile.
   __device__ void begin(const ListedItem &listed, int pack_head, int number) {
@@ -1115,7 +1089,6 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
   group_barrier(1 + head, 32 * team.count);
   if (team.index == 0) {
     uint8_t *slot = call.partials + listed.slot * call.slot_bytes;
-    if (thread == 0 && listed.fault != 0) call.items[listed.slot].first_slot = 1;
     const int state_stride = call.pack_heads * Shape::kRows;
     if (lane < num_rows) {
       float most = kMinusInfinity, sum = 0;
@@ -1185,7 +1158,6 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   barrier_init_fence();
   __syncthreads();
   if (call.direct == 0) grid_dependency_wait();
-  grid_dependency_launch();
   WarpRows<Shape> rows(call, reinterpret_cast<RowState *>(memory + ring.rows_at));
   int stage = 0;  // of the next step, and the parity of its barriers' phase
   uint32_t parity = 0;
@@ -1198,7 +1170,11 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     }
     __syncthreads();
     if (threadIdx.x == 0) shared.listed_before += kMaxItems;
+    // For queries, which are loaded before many pages make that slow.
+    grid_dependency_wait();
+    grid_dependency_launch();
     if (head == 0 && shared.num_items > 0) {
+      rows.prefetch(shared.items[0], head);
       find_steps(call, shared, table, team, 0);
       __syncwarp();
 #pragma unroll 1
@@ -1207,8 +1183,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         if (++to == ring.stages) to = 0;
       }
     }
-    grid_dependency_wait();  // for queries
-    int n = 0, turn = 0;     // the next step, and whose turn it is to copy
+    int n = 0, turn = 0;  // the next step, and whose turn it is to copy
 #pragma unroll 1
     for (int i = 0; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
       const ListedItem &listed = shared.items[i];

@@ -14,19 +14,18 @@
 // last fastest; sequence s has segments sequence_segments[s] .. sequence_segments[s + 1] - 1, none if its rows are not
 // known.
 //
-// DIRECT. In a decode step of one token a sequence with at most 32 * pack_heads sequences "prepare" has nothing to do but
-// queries: blocks of the main kernel list their items themselves, and find their first pages, meanwhile. Then segments are
-// numbered by (sequence, head part, head pack), without gaps; of `segments` only first_slot and end_slot are written, and
-// what would be written to sequence_faults to first_slot of items. sequence_states, sequence_faults, sequence_segments,
-// segment_units and block_items are not used.
+// DIRECT. With few sequences of few tokens, as in decode steps, blocks of the main kernel list their items themselves while
+// "prepare" works, which leaves of the schedule only what "finish" asks for: first_slot and end_slot of segments, the
+// number of all units at segment_units[0], and states of sequences. Then every sequence has token_blocks, and segments are
+// numbered by (sequence, token block, head part, head pack), without gaps.
 //
 // UNITS. A unit is the time that a tile of 16 tokens takes; a segment has item_units for its beginning, if it has tiles,
 // and then one a tile. All units together, in the order of segments, are cut into `blocks` equal ranges, one a CUDA block:
 // block b has units [b N / blocks, (b + 1) N / blocks). With a fixed split a segment is not cut: it belongs to the block
 // that has its first unit. "Prepare" lists what each block has.
 //
-// FAULTS. "Prepare" looks at the ids of exact blocks; "attention" stores 1 to sequence_faults[s] where sequence s needs a
-// bad id of its pages. "Finish" counts faults, and gives zeros to sequences that have one.
+// FAULTS. "Prepare" looks at the ids of exact blocks, and writes 0 or 1 to sequence_faults[s]; "attention" stores 1 where
+// sequence s needs a bad id of its pages. "Finish" counts faults, and gives zeros to sequences that have one.
 //
 // PARTIALS. What block b has of segment i goes to slot b + i, which no other pair has: pack_heads * rows states (m, l)
 // as float2, and at partial_outputs() as many outputs of head_dim_v floats, in the natural order of channels (rotated
@@ -56,8 +55,7 @@ inline constexpr float kLog2E = 0x1.715476p+0f;
 // A segment, or the part of one that a block has. Tiles [first_tile, end_tile); a segment without units has none.
 struct alignas(16) AttentionItem {
   int32_t sequence, token_block, head_part, head_pack, first_tile, end_tile;
-  int32_t first_slot, end_slot;  // of a segment: where its parts are; of an item first_slot is not 0 where an id of a
-                                 // block was bad in a DIRECT call, else both are 0
+  int32_t first_slot, end_slot;  // of a segment: where its parts are; of an item 0
 };
 
 // The items of a block are in slots first .. first + count - 1. Some may have no tiles.
@@ -108,7 +106,7 @@ struct AttentionCall {
   int32_t blocks;                                 // at most kMaxAttentionBlocks
   int64_t max_segments;                           // max_segments + blocks is at most INT32_MAX / 2
   int32_t item_units;                             // what an item more costs a block
-  int32_t direct;
+  int32_t direct, token_blocks;                   // token_blocks: of every sequence of a DIRECT call
 
   // Workspace.
   int32_t *sequence_states;     // [num_seqs]: SequenceState

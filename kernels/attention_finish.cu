@@ -2,8 +2,9 @@
 // After attention: a block takes the segments of all splits of some rows, at most 8, of one kv head. Of its partial results, in
 // the order of splits or of CUDA blocks, warp w sums up every 8th from the w-th on, for all rows; what the warps have is
 // summed up in order and rotated back, a warp a row. So a row's bits do not depend on how many rows a block has. Keys
-// that are read raw are added before, for all rows of the block together: a chunk has a token a thread for scores, a row
-// a warp for the softmax, and two channels a thread for values.
+// that are read raw are added before, for all rows of the block together.
+#include <algorithm>
+
 #include "kernels/device/launch.cuh"
 #include "kernels/device/rotation.cuh"
 #include "kernels/device/sequence.cuh"
@@ -12,8 +13,10 @@
 namespace tqkv::cuda {
 namespace {
 
-constexpr int kMaxRows = 8;       // of a block
-constexpr int kRawThreads = 256;  // tokens of a chunk
+constexpr int kMaxRows = 8;  // of a block
+constexpr int kRawThreads = 256;
+constexpr int kMostRawTokens = 160;      // of a chunk, a multiple of 32
+constexpr int kMostRawBytes = 96 << 10;  // that they take, if not less than eight
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kFinishWarps = kRawThreads / 32;
 constexpr int kChunk = 160;  // partial results whose factors are known at a time, a multiple of kFinishWarps
@@ -55,8 +58,12 @@ struct BlockRows {
     return first_row + r < call.block_tokens * call.block_heads && token(call, r) < sequence.q_len &&
            head_in_group(call, r) < call.group;
   }
-  __device__ int64_t row(const AttentionCall &call, int r) const {  // of [num_tokens, q_heads]
-    return int64_t{sequence.begin + token(call, r)} * call.q_heads + kv_head * call.group + head_in_group(call, r);
+  // Goes on to the next tokens, if they are nobody's: those of a sequence that is longer than the call says, whose rows
+  // become zeros.
+  __device__ bool next(const AttentionCall &call, int r) {
+    if (call.direct == 0 || segment.token_block + 1 < call.token_blocks) return false;
+    first_token += call.block_tokens;
+    return has(call, r);
   }
 };
 
@@ -66,22 +73,18 @@ __device__ bool find_rows(const AttentionCall &call, int first_row, BlockRows *r
   rows->first_row = first_row;
   rows->first_segment = int32_t(blockIdx.x) * call.splits;
   if (rows->first_segment >= call.max_segments) return false;
-  AttentionItem &segment = rows->segment;
-  if (call.direct != 0) {
-    const uint32_t packs = uint32_t(call.head_packs), copies = uint32_t(call.head_parts) * packs;
-    const uint32_t s = blockIdx.x / copies, copy = blockIdx.x - s * copies;
-    segment = {int32_t(s), 0, int32_t(copy / packs), int32_t(copy % packs), 0, 0, 0, 0};
-  } else {
-    segment = call.segments[rows->first_segment];
-    if (rows->first_segment >= call.sequence_segments[call.num_seqs]) return false;
-  }
-  if (kWholeSequence || call.direct != 0) {
+  rows->segment = call.segments[rows->first_segment];
+  const AttentionItem &segment = rows->segment;
+  if (call.direct == 0 && rows->first_segment >= call.sequence_segments[call.num_seqs]) return false;
+  rows->sequence = {};
+  const int32_t state = call.sequence_states[segment.sequence];
+  if (kWholeSequence && state == kGood) {
     rows->sequence = read_sequence(call, segment.sequence, 0);
-  } else {
+  } else if (state != kBadRows) {
     const SequenceRows all = sequence_rows(call, segment.sequence);
+    rows->sequence.state = state;
     rows->sequence.begin = int32_t(all.begin);
     rows->sequence.q_len = int32_t(all.end - all.begin);
-    rows->sequence.state = call.sequence_states[segment.sequence];
   }
   rows->first_token = segment.token_block * call.block_tokens;
   rows->first_head = segment.head_part * call.block_heads;
@@ -105,58 +108,70 @@ struct Factors {
 
 // Partial results of the rows of a block.
 struct Partials {
-  const int32_t *places;  // of each, an AttentionItem apart, two numbers that are equal where it has no tiles
-  int32_t first_slot;     // the others follow; -1: the first of the two numbers is the slot
+  const int32_t
+      *places;         // of each, an AttentionItem apart, two numbers that are equal where it has no tiles; null: those
+                       // of blocks that have units
+  int32_t first_slot;  // the others follow; -1: the first of the two numbers is the slot
   int32_t count;
+  int32_t first_block;
+  bool all_have_tiles;
 
-  // Of pages, or of k_new. In a DIRECT call after the wait.
-  __device__ Partials(const AttentionCall &call, const BlockRows &rows, bool of_new) {
+  // Of pages, or of k_new.
+  __device__ Partials(const AttentionCall &call, const BlockRows &rows, bool of_new)
+      : first_block(0), all_have_tiles(false) {
     if (call.split_tiles == 0) {  // parts of one segment, in slots that follow each other
-      first_slot = rows.segment.first_slot;
-      int32_t end_slot = rows.segment.end_slot;
-      if (of_new || call.direct != 0) {
-        const AttentionItem &segment = call.segments[rows.first_segment + (of_new ? 1 : 0)];
-        first_slot = segment.first_slot, end_slot = segment.end_slot;
-      }
-      count = end_slot - first_slot;
+      const AttentionItem &segment = of_new ? call.segments[rows.first_segment + 1] : rows.segment;
+      first_slot = segment.first_slot;
+      count = segment.end_slot - first_slot;
       places = &call.items[first_slot].first_tile;
+      if (call.direct != 0) {
+        places = nullptr;
+        first_block = first_slot - rows.first_segment;
+        all_have_tiles = call.segment_units[0] >= call.blocks;
+      }
     } else {  // segments in a slot each
       first_slot = -1;
       count = of_new ? call.splits - call.page_splits : call.page_splits;
       places = &call.segments[rows.first_segment + (of_new ? call.page_splits : 0)].first_slot;
     }
   }
+
+  // The slot of part j and whether it has tiles.
+  __device__ int32_t slot(const AttentionCall &call, int j, bool *has_tiles) const {
+    *has_tiles = all_have_tiles;
+    if (all_have_tiles) return first_slot + j;
+    if (places == nullptr) {
+      const UnitRange range = block_units(call, uint64_t(call.segment_units[0]), first_block + j);
+      *has_tiles = range.low < range.high;
+      return first_slot + j;
+    }
+    const int2 place = *reinterpret_cast<const int2 *>(places + int64_t{j} * (sizeof(AttentionItem) / 4));
+    *has_tiles = place.x < place.y;
+    return first_slot < 0 ? place.x : first_slot + j;
+  }
 };
 
-// By a warp, which takes row `row` of the block into the state and leaves factors for the chunk from `base` on; `fault` is
-// not 0 any more where a part has one.
-__device__ State take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials, int base,
-                             int row, State all, Factors &factors, int32_t &fault) {
+// By a warp, which takes row `row` of the block into the state and leaves factors for the chunk from `base` on.
+__device__ __forceinline__ State take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials,
+                                             int base, int row, State all, Factors &factors) {
   constexpr int kPerLane = kChunk / 32;
   const int lane = int(threadIdx.x) % 32, index = rows.head_in_pack * segment_rows(call) + rows.first_row + row;
-  int2 places[kPerLane];
-  float2 loaded[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    places[i] = make_int2(0, 0);
-    loaded[i] = make_float2(0, 0);
-    if (base + 32 * i >= partials.count) continue;  // by the whole warp: code that is not run is not fetched
-    const int j = base + 32 * i + lane;
-    if (j >= partials.count || rows.first_row + row >= segment_rows(call)) continue;
-    places[i] = *reinterpret_cast<const int2 *>(partials.places + int64_t{j} * (sizeof(AttentionItem) / 4));
-    const int32_t slot = partials.first_slot < 0 ? places[i].x : partials.first_slot + j;
-    if (call.direct != 0) fault |= call.items[slot].first_slot;
-    loaded[i] = reinterpret_cast<const float2 *>(call.partials + slot * call.slot_bytes)[index];
-    if (row == 0) factors.slot[32 * i + lane] = slot;
-  }
   State states[kPerLane];
-  float max = all.max;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     states[i] = {minus_infinity(), 0};
-    if (places[i].x < places[i].y) states[i] = {loaded[i].x, loaded[i].y};
-    max = fmaxf(max, states[i].max);
+    if (base + 32 * i >= partials.count) continue;  // by the whole warp: code that is not run is not fetched
+    const int j = base + 32 * i + lane;
+    if (j >= partials.count || rows.first_row + row >= segment_rows(call)) continue;
+    bool has_tiles;
+    const int32_t slot = partials.slot(call, j, &has_tiles);
+    const float2 state = reinterpret_cast<const float2 *>(call.partials + slot * call.slot_bytes)[index];
+    if (has_tiles) states[i] = {state.x, state.y};
+    if (row == 0) factors.slot[32 * i + lane] = slot;
   }
+  float max = all.max;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) max = fmaxf(max, states[i].max);
   max = warp_max(max);
   float sum = 0;
 #pragma unroll
@@ -175,65 +190,114 @@ __device__ State take_states(const AttentionCall &call, const BlockRows &rows, c
 
 // How a block divides its work.
 struct FinishWork {
-  uint32_t queries, weights, values, raw, sums, added, bytes;  // parts of shared memory, in bytes from its start
-  int32_t rows;                                                // that a block takes
-  int32_t columns;                                             // of 4 channels, of all these rows
-  uint32_t row_of_column;                                      // (column * row_of_column) >> 20
-  int32_t per_lane;                                            // channels_per_lane() of V
+  uint32_t chunk, raw, sums, added, bytes;  // parts of shared memory, in bytes from its start
+  int32_t chunk_tokens;                     // of keys that are read raw
+  int32_t rows;                             // that a block takes
+  int32_t columns;                          // of 4 channels, of all these rows
+  uint32_t row_of_column;                   // (column * row_of_column) >> 20
+  int32_t per_lane;                         // channels_per_lane() of V
 };
 
-// Adds the warp's partial results of a chunk to its sums, kMany at a time of kWide columns a lane.
-template <int kMany, int kWide>
-__device__ __forceinline__ void add_outputs(const AttentionCall &call, const FinishWork &work, const uint8_t *outputs,
-                                            const Factors &factors, int count, bool begins, float4 *sums) {
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+// The warp's partial results of a chunk: kLoads / kWide of them at a time, of kWide columns a lane.
+class Outputs {
+ public:
+  // `outputs`: of the rows, in slot 0.
+  __device__ Outputs(const AttentionCall &call, const FinishWork &work, const uint8_t *outputs, int count)
+      : call_(call), work_(work), outputs_(outputs), count_(count) {}
+
+  // Loads the first ones, whose slots follow `slot`: factors are not known yet.
+  template <int kWide>
+  __device__ __forceinline__ void load_first(int32_t slot) {
+    load<kWide>(
+        lane(), warp(), [&](int at) { return slot + at; }, [](int, int) { return true; });
+  }
+
+  // Adds all to the warp's sums.
+  template <int kWide>
+  __device__ __forceinline__ void add(const Factors &factors, bool loaded_first, bool begins, float4 *sums) {
+    constexpr int kMany = kLoads / kWide;
 #pragma unroll 1
-  for (int first = lane; first - lane < work.columns; first += 32 * kWide) {
-    float4 sum[kWide];
-    int row[kWide];
+    for (int first = lane(); first - lane() < work_.columns; first += 32 * kWide) {
+      float4 sum[kWide];
 #pragma unroll
-    for (int k = 0; k < kWide; ++k) {
-      const int column = first + 32 * k;
-      row[k] = column < work.columns ? int((uint32_t(column) * work.row_of_column) >> 20) : -1;
-      sum[k] = make_float4(0, 0, 0, 0);
-      if (begins || row[k] < 0) continue;
-      const float correction = factors.correction[row[k]];
-      const float4 old = sums[column];
-      sum[k] = make_float4(old.x * correction, old.y * correction, old.z * correction, old.w * correction);
-    }
+      for (int k = 0; k < kWide; ++k) {
+        const int row = row_of(first + 32 * k);
+        sum[k] = make_float4(0, 0, 0, 0);
+        if (begins || row < 0) continue;
+        const float correction = factors.correction[row];
+        const float4 old = sums[first + 32 * k];
+        sum[k] = make_float4(old.x * correction, old.y * correction, old.z * correction, old.w * correction);
+      }
 #pragma unroll 1
-    for (int j = warp; j < count; j += kFinishWarps * kMany) {
-      float4 loaded[kMany][kWide];
-      float factor[kMany][kWide];
+      for (int j = warp(); j < count_; j += kFinishWarps * kMany) {
+        const auto factor_at = [&](int at, int column) {
+          const int row = row_of(column);
+          return row >= 0 ? factors.of[row][at] : 0.0f;
+        };
+        if (!loaded_first || first != lane() || j != warp()) {
+          load<kWide>(
+              first, j, [&](int at) { return factors.slot[at]; },
+              [&](int at, int column) { return factor_at(at, column) != 0; });
+        }
 #pragma unroll
-      for (int i = 0; i < kMany; ++i) {
-        const int at = j + kFinishWarps * i;
-        const uint8_t *from = outputs;
-        if (at < count) from += factors.slot[at] * call.slot_bytes;
+        for (int i = 0; i < kMany; ++i) {
+          const int at = j + kFinishWarps * i;
+          if (at >= count_) break;
 #pragma unroll
-        for (int k = 0; k < kWide; ++k) {
-          factor[i][k] = at < count && row[k] >= 0 ? factors.of[row[k]][at] : 0.0f;
-          loaded[i][k] = make_float4(0, 0, 0, 0);
-          if (factor[i][k] != 0) loaded[i][k] = reinterpret_cast<const float4 *>(from)[first + 32 * k];
+          for (int k = 0; k < kWide; ++k) {
+            const float factor = factor_at(at, first + 32 * k);
+            if (factor == 0) continue;  // what was loaded may be anything
+            sum[k].x = __fmaf_rn(factor, loaded_[i * kWide + k].x, sum[k].x);
+            sum[k].y = __fmaf_rn(factor, loaded_[i * kWide + k].y, sum[k].y);
+            sum[k].z = __fmaf_rn(factor, loaded_[i * kWide + k].z, sum[k].z);
+            sum[k].w = __fmaf_rn(factor, loaded_[i * kWide + k].w, sum[k].w);
+          }
         }
       }
 #pragma unroll
-      for (int i = 0; i < kMany; ++i) {
-#pragma unroll
-        for (int k = 0; k < kWide; ++k) {
-          sum[k].x = __fmaf_rn(factor[i][k], loaded[i][k].x, sum[k].x);
-          sum[k].y = __fmaf_rn(factor[i][k], loaded[i][k].y, sum[k].y);
-          sum[k].z = __fmaf_rn(factor[i][k], loaded[i][k].z, sum[k].z);
-          sum[k].w = __fmaf_rn(factor[i][k], loaded[i][k].w, sum[k].w);
-        }
+      for (int k = 0; k < kWide; ++k) {
+        if (row_of(first + 32 * k) >= 0) sums[first + 32 * k] = sum[k];
       }
-    }
-#pragma unroll
-    for (int k = 0; k < kWide; ++k) {
-      if (row[k] >= 0) sums[first + 32 * k] = sum[k];
     }
   }
-}
+
+ private:
+  static constexpr int kLoads = 8;
+
+  __device__ static int warp() {
+    return int(threadIdx.x) / 32;
+  }
+  __device__ static int lane() {
+    return int(threadIdx.x) % 32;
+  }
+
+  // The row that has a column, -1: none.
+  __device__ int row_of(int column) const {
+    return column < work_.columns ? int((uint32_t(column) * work_.row_of_column) >> 20) : -1;
+  }
+
+  template <int kWide, class SlotOf, class IsWanted>
+  __device__ __forceinline__ void load(int first, int j, SlotOf &&slot_of, IsWanted &&is_wanted) {
+#pragma unroll
+    for (int i = 0; i < kLoads / kWide; ++i) {
+      const int at = j + kFinishWarps * i;
+      if (at >= count_) break;  // by the whole warp
+      const uint8_t *from = outputs_ + slot_of(at) * call_.slot_bytes;
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) {
+        const int column = first + 32 * k;
+        if (column < work_.columns && is_wanted(at, column))
+          loaded_[i * kWide + k] = reinterpret_cast<const float4 *>(from)[column];
+      }
+    }
+  }
+
+  const AttentionCall &call_;
+  const FinishWork &work_;
+  const uint8_t *const outputs_;
+  const int count_;
+  float4 loaded_[kLoads];
+};
 
 // ---- keys that are read raw
 
@@ -245,48 +309,16 @@ struct alignas(kRows % 4 == 0 ? 16 : 4) PerRow {
 
 template <int kRows>
 struct RawShared {
-  PerRow<kRows> *queries;  // [head_dim_k], times the softmax scale
-  PerRow<kRows> *weights;  // [kRawThreads]: a chunk's scores, then weights
-  const void **values;     // [kRawThreads]: null where the key is not read raw, or no row sees it
-  float *outputs;          // [kRows, head_dim_v]
+  uint64_t copied;  // a barrier
+  KeyRange keys[kRows];
+  int32_t positions[kRows];
+  State states[kRows];
+  float corrections[kRows];
+  PerRow<kRows> weights[kMostRawTokens];  // a chunk's scores, then weights
+  uint8_t type[kMostRawTokens];  // of its keys and values, kUnseen where they are not read raw or no row sees them
 };
 
-__device__ void load_two(const void *from, int type, bool aligned, int at, float (&x)[2]) {
-  if (!aligned) {
-    for (int i = 0; i < 2; ++i) x[i] = load_element(from, type, at + i);
-  } else if (type == TQ_TYPE_F32) {
-    const float2 pair = *reinterpret_cast<const float2 *>(static_cast<const float *>(from) + at);
-    x[0] = pair.x;
-    x[1] = pair.y;
-  } else {
-    const uint32_t pair = *reinterpret_cast<const uint32_t *>(static_cast<const uint16_t *>(from) + at);
-    for (int i = 0; i < 2; ++i) {
-      const uint16_t half = uint16_t(pair >> (16 * i));
-      x[i] = type == TQ_TYPE_F16 ? __half2float(__ushort_as_half(half)) : f32_from_bf16(half);
-    }
-  }
-}
-
-__device__ void load_eight(const void *from, int type, bool aligned, int at, float (&x)[8]) {
-  if (!aligned) {
-    for (int i = 0; i < 8; ++i) x[i] = load_element(from, type, at + i);
-  } else if (type == TQ_TYPE_F32) {
-    for (int i = 0; i < 8; i += 4) {
-      const float4 four = *reinterpret_cast<const float4 *>(static_cast<const float *>(from) + at + i);
-      x[i] = four.x;
-      x[i + 1] = four.y;
-      x[i + 2] = four.z;
-      x[i + 3] = four.w;
-    }
-  } else {
-    const uint4 eight = *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(from) + at);
-    const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
-    for (int i = 0; i < 8; ++i) {
-      const uint16_t half = uint16_t(words[i / 2] >> (16 * (i % 2)));
-      x[i] = type == TQ_TYPE_F16 ? __half2float(__ushort_as_half(half)) : f32_from_bf16(half);
-    }
-  }
-}
+constexpr uint8_t kUnseen = 255;
 
 // Keys that may be raw: `count` in two ranges.
 struct RawKeys {
@@ -339,140 +371,221 @@ __device__ RawToken find_raw_token(const AttentionCall &call, const Sequence &se
   return {tile + row * call.head_dim_k, tile + pool.v_codes + row * call.head_dim_v};
 }
 
-template <int kRows>
+// Bytes of an element of a chunk.
+TQKV_HOST_DEVICE int element_bytes(const AttentionCall &call) {
+  return call.k_new.data != nullptr && (call.k_new.type == TQ_TYPE_F32 || call.v_new.type == TQ_TYPE_F32) ? 4 : 2;
+}
+
+// Softmax and outputs of keys that are read raw, for all rows of a block. A chunk of keys and values is copied to shared
+// memory, a token a thread; then a warp takes every eighth token, and a lane has kWide of its channels.
+template <int kRows, int kWide>
 class RawPart {
  public:
-  __device__ RawPart(const AttentionCall &call, const BlockRows &rows, const RawShared<kRows> &shared, KeyRange *keys,
-                     int32_t *positions, State *states, float *corrections)
+  // `staging`: for a chunk; `sums`: as many floats as every warp's outputs are; `outputs`: [kRows, head_dim_v].
+  __device__ RawPart(const AttentionCall &call, const BlockRows &rows, RawShared<kRows> &shared, int chunk_tokens,
+                     uint8_t *staging, float *sums, float *outputs)
       : call_(call),
         rows_(rows),
         shared_(shared),
-        keys_(keys),
-        positions_(positions),
-        states_(states),
-        corrections_(corrections) {}
+        chunk_tokens_(chunk_tokens),
+        row_bytes_(element_bytes(call) * (call.head_dim_k + call.head_dim_v)),
+        staging_(staging),
+        sums_(sums),
+        outputs_(outputs) {}
 
-  // Leaves states and outputs in shared memory; by the block.
+  // Leaves states and outputs; by the block.
   __device__ void run() {
-    const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int n = call_.head_dim_v, pairs = n / 2;
-    for (int i = thread; i < kRows * n; i += kRawThreads) shared_.outputs[i] = 0;
+    const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, n = call_.head_dim_v;
+    if (thread == 0) barrier_init(&shared_.copied, unsigned(kRawThreads));
+    barrier_init_fence();
     if (thread < kRows) {
-      keys_[thread] = {0, 0};
-      positions_[thread] = 0;
-      states_[thread] = {minus_infinity(), 0};
+      KeyRange keys{0, 0};
+      shared_.positions[thread] = 0;
       if (rows_.has(call_, thread)) {
-        positions_[thread] = position(call_, rows_.sequence, rows_.token(call_, thread));
-        keys_[thread] = visible_keys(call_, rows_.sequence, positions_[thread]);
+        shared_.positions[thread] = position(call_, rows_.sequence, rows_.token(call_, thread));
+        keys = visible_keys(call_, rows_.sequence, shared_.positions[thread]);
       }
+      shared_.keys[thread] = keys;
+      shared_.states[thread] = {minus_infinity(), 0};
     }
     __syncthreads();
     KeyRange seen{INT32_MAX, 0};
     for (int r = 0; r < kRows; ++r) {
-      const KeyRange keys = keys_[r];
+      const KeyRange keys = shared_.keys[r];
       if (keys.low < keys.high) seen = {min(seen.low, keys.low), max(seen.high, keys.high)};
     }
-    if (seen.low >= seen.high) return;
-    const RawKeys exact = find_raw_keys(call_, rows_.sequence, seen, false);
-    const RawKeys mine = find_raw_keys(call_, rows_.sequence, seen, true);
-    if (exact.count == 0 && mine.count == 0) return;
-
-    for (int r = warp; r < kRows; r += kRawThreads / 32) load_query(r, lane);
-    __syncthreads();
-    float sums[2][kRows][2] = {};
-#pragma unroll 1
-    for (int source = 0; source < 2; ++source) {
-      const bool own = source != 0;
-      const RawKeys keys = own ? mine : exact;
-#pragma unroll 1
-      for (int64_t chunk = 0; chunk < keys.count; chunk += kRawThreads) {
-        const int tokens = int(min(int64_t{kRawThreads}, keys.count - chunk));
-        if (thread < tokens) score(thread, keys.key(int32_t(chunk) + thread), own);
-        __syncthreads();
-        for (int r = warp; r < kRows; r += kRawThreads / 32) softmax(r, lane, keys, int32_t(chunk), tokens);
-        __syncthreads();
-        add_values(tokens, own, sums);
-        __syncthreads();
-      }
+    RawKeys exact, mine;
+    if (seen.low < seen.high) {
+      exact = find_raw_keys(call_, rows_.sequence, seen, false);
+      mine = find_raw_keys(call_, rows_.sequence, seen, true);
     }
-    // A pair of channels was summed by several groups of threads.
-    const int groups = max(1, kRawThreads / pairs);
-    for (int group = 0; group < groups; ++group) {
-      if (thread / pairs == group || groups == 1) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const int c = 2 * (thread % pairs + k * kRawThreads);
-          if (c >= n) continue;
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            shared_.outputs[r * n + c] += sums[k][r][0];
-            shared_.outputs[r * n + c + 1] += sums[k][r][1];
-          }
-        }
+    float sums[kRows][kWide] = {};
+    uint32_t parity = 0;
+    const int64_t count = int64_t{exact.count} + mine.count;
+#pragma unroll 1
+    for (int64_t chunk = 0; chunk < count; chunk += chunk_tokens_, parity ^= 1) {
+      const int tokens = int(min(int64_t{chunk_tokens_}, count - chunk));
+      const auto key_of = [&](int t) {
+        const int64_t i = chunk + t;
+        return i < exact.count ? exact.key(int32_t(i)) : mine.key(int32_t(i - exact.count));
+      };
+      const bool own = chunk + thread >= exact.count;
+      if (thread < tokens) {
+        copy(thread, key_of(thread), own);
+      } else {
+        barrier_arrive(&shared_.copied);
       }
+      score(tokens, warp, lane, parity);
+      __syncthreads();
+      if (warp < kRows) softmax(warp, lane, tokens, key_of);
+      __syncthreads();
+      add_values(tokens, warp, lane, sums);
       __syncthreads();
     }
+    if (kWide * lane < n) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) sums_[(warp * kRows + r) * n + kWide * lane + i] = sums[r][i];
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int c = thread; c < kRows * n; c += kRawThreads) {
+      float sum = 0;
+      for (int w = 0; w < kFinishWarps; ++w) sum += sums_[w * kRows * n + c];
+      outputs_[c] = sum;
+    }
+    __syncthreads();
   }
 
  private:
-  __device__ void load_query(int r, int lane) {
-    const bool exists = keys_[r].low < keys_[r].high;
-    const int64_t token = rows_.sequence.begin + rows_.token(call_, r);
-    const int head = rows_.kv_head * call_.group + rows_.head_in_group(call_, r);
-    const int64_t at = token * call_.q.token_stride + head * call_.q.head_stride;
-    for (int c = lane; c < call_.head_dim_k; c += 32) {
-      shared_.queries[c].of[r] = exists ? load_element(call_.q.data, call_.q.type, at + c) * call_.scale : 0.0f;
-    }
-  }
-
   __device__ bool sees(int r, int32_t j) const {
-    return keys_[r].low <= j && j < keys_[r].high;
+    return shared_.keys[r].low <= j && j < shared_.keys[r].high;
   }
 
-  __device__ void score(int t, int32_t j, bool own) {
+  // Where the chunk's token is; `value_of`: its value.
+  __device__ uint8_t *staged(int t) const {
+    return staging_ + t * row_bytes_;
+  }
+  __device__ uint8_t *value_of(uint8_t *token) const {
+    return token + element_bytes(call_) * call_.head_dim_k;
+  }
+
+  // Begins to copy a token, if a row sees it; by its thread.
+  __device__ void copy(int t, int32_t j, bool own) {
     bool seen = false;
     for (int r = 0; r < kRows; ++r) seen = seen || sees(r, j);
-    RawToken token;
-    if (seen) token = find_raw_token(call_, rows_.sequence, rows_.kv_head, j, own);
-    shared_.values[t] = token.value;
-    if (token.value == nullptr) return;
-    const int type = own ? call_.k_new.type : call_.raw_type;
-    const bool aligned = !own || call_.k_new.aligned;
-    PerRow<kRows> sum{};
+    RawToken from;
+    if (seen) from = find_raw_token(call_, rows_.sequence, rows_.kv_head, j, own);
+    if (from.value == nullptr) {
+      shared_.type[t] = kUnseen;
+      barrier_arrive(&shared_.copied);
+      return;
+    }
+    const int k_type = own ? call_.k_new.type : call_.raw_type, v_type = own ? call_.v_new.type : call_.raw_type;
+    shared_.type[t] = uint8_t(k_type | v_type << 4);
+    uint8_t *to = staged(t);
+    const uint32_t k_bytes = uint32_t((k_type == TQ_TYPE_F32 ? 4 : 2) * call_.head_dim_k);
+    const uint32_t v_bytes = uint32_t((v_type == TQ_TYPE_F32 ? 4 : 2) * call_.head_dim_v);
+    if (!own || (call_.k_new.aligned != 0 && call_.v_new.aligned != 0)) {
+      barrier_arrive_expect(&shared_.copied, k_bytes + v_bytes);
+      bulk_copy(to, from.key, k_bytes, &shared_.copied);
+      bulk_copy(value_of(to), from.value, v_bytes, &shared_.copied);
+      return;
+    }
+    copy_halves(to, from.key, k_bytes);
+    copy_halves(value_of(to), from.value, v_bytes);
+    bulk_copy_fence();
+    barrier_arrive(&shared_.copied);
+  }
+
+  __device__ static void copy_halves(uint8_t *to, const void *from, uint32_t bytes) {
+#pragma unroll 1
+    for (uint32_t i = 0; i < bytes / 2; ++i) {
+      reinterpret_cast<uint16_t *>(to)[i] = static_cast<const uint16_t *>(from)[i];
+    }
+  }
+
+  // The lane's channels of a row of n.
+  __device__ __forceinline__ static void load(const uint8_t *row, int type, int lane, int n, float (&x)[kWide]) {
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) x[i] = 0;
+    if (kWide * lane < n) load_neighbours(row, type, true, kWide * lane, x);
+  }
+
+  // Scores of the chunk's tokens, when it is copied; by all warps.
+  __device__ void score(int tokens, int warp, int lane, uint32_t parity) {
+    float query[kRows][kWide] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!rows_.has(call_, r) || kWide * lane >= call_.head_dim_k) continue;
+      const int64_t token = rows_.sequence.begin + rows_.token(call_, r);
+      const int head = rows_.kv_head * call_.group + rows_.head_in_group(call_, r);
+      load_neighbours(call_.q.data, call_.q.type, call_.q.aligned != 0,
+                      token * call_.q.token_stride + head * call_.q.head_stride + kWide * lane, query[r]);
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) query[r][i] *= call_.scale;
+    }
+    barrier_wait(&shared_.copied, parity);
 #pragma unroll 2
-    for (int c = 0; c < call_.head_dim_k; c += 8) {
-      float key[8];
-      load_eight(token.key, type, aligned, c, key);
+    for (int t = warp; t < tokens; t += kFinishWarps) {
+      const uint8_t type = shared_.type[t];
+      if (type == kUnseen) continue;
+      float key[kWide], sums[kRows];
+      load(staged(t), type & 15, lane, call_.head_dim_k, key);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const PerRow<kRows> query = shared_.queries[c + i];
+      for (int r = 0; r < kRows; ++r) {
+        sums[r] = 0;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) sum.of[r] = __fmaf_rn(key[i], query.of[r], sum.of[r]);
+        for (int i = 0; i < kWide; ++i) sums[r] = __fmaf_rn(key[i], query[r][i], sums[r]);
+      }
+      const float sum = sums_of_rows(sums, lane);
+      if (lane % (32 / kRows) == 0) shared_.weights[t].of[lane / (32 / kRows)] = sum;
+    }
+  }
+
+  // Sums over all lanes; a lane gets the one of row lane / (32 / kRows).
+  __device__ __forceinline__ static float sums_of_rows(float (&sums)[kRows], int lane) {
+    int rows = kRows;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      if (rows == 1) {
+        sums[0] += __shfl_xor_sync(kAll, sums[0], step);
+        continue;
+      }
+      rows /= 2;
+      const bool upper = (lane & step) != 0;
+#pragma unroll
+      for (int r = 0; r < rows; ++r) {
+        const float mine = upper ? sums[r + rows] : sums[r], other = upper ? sums[r] : sums[r + rows];
+        sums[r] = mine + __shfl_xor_sync(kAll, other, step);
       }
     }
-    shared_.weights[t] = sum;
+    return sums[0];
   }
 
   // Of row r: scores of the chunk become weights, and the state takes them in.
-  __device__ void softmax(int r, int lane, const RawKeys &raw, int32_t chunk, int tokens) {
-    constexpr int kPerLane = kRawThreads / 32;
+  template <class KeyOf>
+  __device__ void softmax(int r, int lane, int tokens, KeyOf &&key_of) {
+    constexpr int kPerLane = kMostRawTokens / 32;
     const int head = rows_.kv_head * call_.group + rows_.head_in_group(call_, r);
-    const bool exists = keys_[r].low < keys_[r].high;
+    const bool exists = shared_.keys[r].low < shared_.keys[r].high;
     const float slope = exists && call_.alibi_slopes != nullptr ? call_.alibi_slopes[head] : 0.0f;
-    const State before = states_[r];
+    const State before = shared_.states[r];
     float x[kPerLane], max = before.max, sum = 0;
     unsigned seen = 0;  // bit i: the row sees token lane + 32 i
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int t = lane + 32 * i;
       x[i] = 0;
-      if (t >= tokens || shared_.values[t] == nullptr) continue;
-      const int32_t j = raw.key(chunk + t);
+      if (t >= tokens || shared_.type[t] == kUnseen) continue;
+      const int32_t j = key_of(t);
       if (!sees(r, j)) continue;
       seen |= 1u << i;
       float score = shared_.weights[t].of[r];
       if (call_.soft_cap > 0) score = call_.soft_cap * tanhf(score / call_.soft_cap);
-      score = __fmaf_rn(slope, float(int64_t{j} - positions_[r]), score);
+      score = __fmaf_rn(slope, float(int64_t{j} - shared_.positions[r]), score);
       x[i] = score * kLog2E;
       max = fmaxf(max, x[i]);
     }
@@ -485,59 +598,41 @@ class RawPart {
       sum += weight;
     }
     sum = warp_sum(sum);
-    __syncwarp();
-    if (lane == 0) {
-      const float correction = before.max == max ? 1.0f : exp2f(before.max - max);
-      corrections_[r] = correction;
-      states_[r] = {max, before.sum * correction + sum};
-    }
-    __syncwarp();
+    if (lane != 0) return;
+    const float correction = before.max == max ? 1.0f : exp2f(before.max - max);
+    shared_.corrections[r] = correction;
+    shared_.states[r] = {max, before.sum * correction + sum};
   }
 
-  __device__ void add_values(int tokens, bool own, float (&sums)[2][kRows][2]) {
-    const int n = call_.head_dim_v, pairs = n / 2, thread = int(threadIdx.x);
-    const int groups = max(1, kRawThreads / pairs), group = groups == 1 ? 0 : thread / pairs;
-    const int type = own ? call_.v_new.type : call_.raw_type;
-    const bool aligned = !own || call_.v_new.aligned;
+  __device__ void add_values(int tokens, int warp, int lane, float (&sums)[kRows][kWide]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float correction = corrections_[r];
+      const float correction = shared_.corrections[r];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        sums[k][r][0] *= correction;
-        sums[k][r][1] *= correction;
-      }
+      for (int i = 0; i < kWide; ++i) sums[r][i] *= correction;
     }
-    if (group >= groups) return;
+#pragma unroll 2
+    for (int t = warp; t < tokens; t += kFinishWarps) {
+      const uint8_t type = shared_.type[t];
+      if (type == kUnseen) continue;
+      float value[kWide];
+      load(value_of(staged(t)), type >> 4, lane, call_.head_dim_v, value);
+      const PerRow<kRows> weight = shared_.weights[t];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int c = 2 * (thread % pairs + k * kRawThreads);
-      if (c >= n) continue;
-#pragma unroll 4
-      for (int t = group; t < tokens; t += groups) {
-        const void *from = shared_.values[t];
-        float value[2] = {};
-        if (from != nullptr) load_two(from, type, aligned, c, value);
-        const PerRow<kRows> weight = shared_.weights[t];
+      for (int r = 0; r < kRows; ++r) {
+        if (weight.of[r] == 0) continue;  // a row has no weight for what it does not see, which may be NaN
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          // A row has no weight for what it does not see, which may be NaN.
-          if (weight.of[r] != 0) {
-            sums[k][r][0] = __fmaf_rn(weight.of[r], value[0], sums[k][r][0]);
-            sums[k][r][1] = __fmaf_rn(weight.of[r], value[1], sums[k][r][1]);
-          }
-        }
+        for (int i = 0; i < kWide; ++i) sums[r][i] = __fmaf_rn(weight.of[r], value[i], sums[r][i]);
       }
     }
   }
 
   const AttentionCall &call_;
   const BlockRows &rows_;
-  const RawShared<kRows> shared_;
-  KeyRange *const keys_;  // of each row; none if it does not exist
-  int32_t *const positions_;
-  State *const states_;
-  float *const corrections_;
+  RawShared<kRows> &shared_;
+  const int chunk_tokens_, row_bytes_;
+  uint8_t *const staging_;
+  float *const sums_, *const outputs_;
 };
 
 // ---- the kernel
@@ -676,54 +771,39 @@ template <int kRawRows>
 __device__ __forceinline__ void finish_rows(const AttentionCall &call, const SideParams &v, const Output &output,
                                             const FinishWork &work) {
   __shared__ Factors factors;
+  // What comes before the wait is written by "prepare", whose end "attention" has waited for.
   BlockRows rows;
-  // What comes before the wait is written by "prepare", whose end the kernels before have waited for; in a DIRECT call it is
-  // the caller's.
   if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return grid_dependency_wait();
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   const int32_t s = rows.segment.sequence;
+  bool of_new = call.splits > call.page_splits;  // k_new first, if "attention" read it
+  Partials partials(call, rows, of_new);
   // Faults that "attention" finds are seen after the wait; before, some threads may see them.
   const auto is_good = [&] {
-    return rows.sequence.state == kGood &&
-           (call.direct != 0 || *const_cast<const volatile int32_t *>(&call.sequence_faults[s]) == 0);
+    return rows.sequence.state == kGood && *const_cast<const volatile int32_t *>(&call.sequence_faults[s]) == 0;
   };
-  int32_t fault = 0;
   auto *memory = static_cast<uint8_t *>(dynamic_shared());
+  float *sums = reinterpret_cast<float *>(memory + work.sums), *added = reinterpret_cast<float *>(memory + work.added);
   [[maybe_unused]] float *raw_outputs = nullptr;
   [[maybe_unused]] const State *raw_states = nullptr;
   if constexpr (kRawRows > 0) {
-    __shared__ KeyRange keys[kRawRows];
-    __shared__ int32_t positions[kRawRows];
-    __shared__ State states[kRawRows];
-    __shared__ float corrections[kRawRows];
-    const RawShared<kRawRows> shared{reinterpret_cast<PerRow<kRawRows> *>(memory + work.queries),
-                                     reinterpret_cast<PerRow<kRawRows> *>(memory + work.weights),
-                                     reinterpret_cast<const void **>(memory + work.values),
-                                     reinterpret_cast<float *>(memory + work.raw)};
+    __shared__ RawShared<kRawRows> shared;
     __shared__ bool usable;
-    if (warp == 0) {
-      bool good = is_good();
-      if (good && call.direct != 0 && rows.sequence.exact_table != nullptr) {
-        good = !has_bad_exact(call, rows.sequence, lane);
-      }
-      if (lane == 0) usable = good;
-    }
+    raw_outputs = reinterpret_cast<float *>(memory + work.raw);
+    raw_states = shared.states;
+    if (threadIdx.x == 0) usable = is_good();
     __syncthreads();
-    fault = rows.sequence.state == kGood && !usable;
     if (usable) {
-      RawPart<kRawRows>(call, rows, shared, keys, positions, states, corrections).run();
-      __syncthreads();
+      uint8_t *chunk = memory + work.chunk;
+      if (call.head_dim_k <= 128 && n <= 128) {
+        RawPart<kRawRows, 4>(call, rows, shared, work.chunk_tokens, chunk, sums, raw_outputs).run();
+      } else {
+        RawPart<kRawRows, 8>(call, rows, shared, work.chunk_tokens, chunk, sums, raw_outputs).run();
+      }
     }
-    raw_outputs = shared.outputs;
-    raw_states = states;
   }
-
-  bool of_new = call.splits > call.page_splits;  // k_new first, if "attention" read it
-  if (call.direct != 0) grid_dependency_wait();
-  Partials partials(call, rows, of_new);
   grid_dependency_wait();
-  bool good = is_good();  // looked at last: it takes a while to load
-  float *sums = reinterpret_cast<float *>(memory + work.sums), *added = reinterpret_cast<float *>(memory + work.added);
+  const bool good = is_good();  // looked at last: it takes a while to load
   const uint8_t *outputs =
       call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
       int64_t{rows.head_in_pack * segment_rows(call) + rows.first_row} * n * int64_t{sizeof(float)};
@@ -737,14 +817,17 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
 #pragma unroll 1
     for (int base = 0; base < count; base += kChunk) {
       if (base > 0) __syncthreads();
-      if (warp < work.rows) coded = take_states(call, rows, partials, base, warp, coded, factors, fault);
+      Outputs chunk(call, work, outputs, min(count - base, kChunk));
+      const bool early = partials.all_have_tiles, narrow = work.columns <= 32;  // narrow: one row, mostly
+      if (early && narrow) chunk.load_first<1>(partials.first_slot + base);
+      if (early && !narrow) chunk.load_first<4>(partials.first_slot + base);
+      if (warp < work.rows) coded = take_states(call, rows, partials, base, warp, coded, factors);
       __syncthreads();
       float4 *own_sums = reinterpret_cast<float4 *>(sums) + warp * work.columns;
-      const int chunk = min(count - base, kChunk);
-      if (work.columns <= 32) {  // one row, mostly: then a chunk is read in two goes
-        add_outputs<kChunk / (2 * kFinishWarps), 1>(call, work, outputs, factors, chunk, base == 0, own_sums);
+      if (narrow) {
+        chunk.add<1>(factors, early, base == 0, own_sums);
       } else {
-        add_outputs<4, 4>(call, work, outputs, factors, chunk, base == 0, own_sums);
+        chunk.add<4>(factors, early, base == 0, own_sums);
       }
     }
     __syncthreads();
@@ -759,14 +842,11 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     partials = Partials(call, rows, false);
     __syncthreads();
   }
-  if (warp >= work.rows || !rows.has(call, warp)) return;
-  if (call.direct != 0) {
-    good = !__any_sync(kAll, fault != 0) && good;
-    const bool first = rows.kv_head + rows.first_head + rows.first_row + warp + lane == 0;
-    if (!good && first && call.faults != nullptr) {
-      count_fault(call.faults, rows.sequence.state != kGood ? TQ_FAULT_LENGTH : TQ_FAULT_BLOCK, s);
-    }
+  if (call.direct != 0 && !good && call.faults != nullptr && threadIdx.x == 0) {
+    const int others = rows.kv_head + rows.first_head + rows.first_token + rows.first_row;
+    if (others == 0) count_fault(call.faults, rows.sequence.state != kGood ? TQ_FAULT_LENGTH : TQ_FAULT_BLOCK, s);
   }
+  if (warp >= work.rows || !rows.has(call, warp)) return;
   const float *raw_out = nullptr;
   if constexpr (kRawRows > 0) {
     if (good) raw = raw_states[warp], raw_out = raw_outputs + warp * n;
@@ -775,26 +855,29 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     add_raw(raw, raw_out, own, added + warp * n, n, lane);
     raw_out = added + warp * n;
   }
-  const int head = rows.kv_head * call.group + rows.head_in_group(call, warp);
-  const int64_t token = rows.sequence.begin + rows.token(call, warp), index = token * call.q_heads + head;
-  const int64_t at = token * call.out.token_stride + head * call.out.head_stride;
   if (!good) coded = kNone;
-  const Gains gains = finish_softmax(call, index, head, lane, coded, raw);
+  const int head = rows.kv_head * call.group + rows.head_in_group(call, warp);
   const int parts = good ? min(count, kFinishWarps) : 0, stride = 4 * work.columns;
   sums += warp * n;
-  if (work.per_lane == 4) {
-    write_row<4>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
-  } else if (work.per_lane == 2) {
-    write_row<2>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
-  } else if (work.per_lane == 8) {
-    write_row<8>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
-  } else {
-    write_any_row(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
-  }
+#pragma unroll 1
+  do {
+    const int64_t token = rows.sequence.begin + rows.token(call, warp), index = token * call.q_heads + head;
+    const int64_t at = token * call.out.token_stride + head * call.out.head_stride;
+    const Gains gains = finish_softmax(call, index, head, lane, coded, raw);
+    if (work.per_lane == 4) {
+      write_row<4>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+    } else if (work.per_lane == 2) {
+      write_row<2>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+    } else if (work.per_lane == 8) {
+      write_row<8>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+    } else {
+      write_any_row(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+    }
+  } while (rows.next(call, warp));
 }
 
 template <int kRawRows>
-__global__ void __launch_bounds__(kRawThreads, 2)
+__global__ void __launch_bounds__(kRawThreads, kRawRows == kMaxRows ? 1 : 2)
     attention_finish_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams v,
                             const __grid_constant__ Output output, const __grid_constant__ FinishWork work) {
   grid_dependency_launch();
@@ -809,13 +892,16 @@ __global__ void __launch_bounds__(32 * kMaxRows)
   if (!find_rows<false>(call, 0, &rows)) return;
   const int lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   for (int r = int(threadIdx.x) / 32; r < segment_rows(call); r += int(blockDim.x) / 32) {
-    if (!rows.has(call, r)) continue;
-    const int head = rows.kv_head * call.group + rows.head_in_group(call, r);
-    const int64_t row = rows.row(call, r), token = rows.sequence.begin + rows.token(call, r);
-    const int64_t at = token * call.out.token_stride + head * call.out.head_stride;
-    for (int c = lane; c < n; c += 32) {
-      store_element(call.out.data, call.out.type, at + c, rotated_back[row * n + c] * gain + raw[row * n + c]);
-    }
+    BlockRows own = rows;
+    if (!own.has(call, r)) continue;
+    do {
+      const int head = own.kv_head * call.group + own.head_in_group(call, r);
+      const int64_t token = own.sequence.begin + own.token(call, r), row = token * call.q_heads + head;
+      const int64_t at = token * call.out.token_stride + head * call.out.head_stride;
+      for (int c = lane; c < n; c += 32) {
+        store_element(call.out.data, call.out.type, at + c, rotated_back[row * n + c] * gain + raw[row * n + c]);
+      }
+    } while (own.next(call, r));
   }
 }
 
@@ -829,18 +915,19 @@ size_t align16(size_t bytes) {
   return (bytes + 15) / 16 * 16;
 }
 
-// `rows`: of a block.
-FinishWork divide_work(int head_dim_k, int head_dim_v, int raw_rows, int rows, bool with_new) {
+// `rows`: of a block; `raw_tokens`: that are read raw at most, 0 where nothing is.
+FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_t raw_tokens, int raw_rows, int rows,
+                       bool with_new) {
   size_t at = 0;
   const auto take = [&](size_t bytes) { return uint32_t(std::exchange(at, at + align16(bytes))); };
   FinishWork work{};
-  if (raw_rows > 0) {
-    work.queries = take(sizeof(float) * size_t(raw_rows * head_dim_k));
-    work.weights = take(sizeof(float) * size_t(raw_rows * kRawThreads));
-    work.values = take(sizeof(void *) * kRawThreads);
+  const int token_bytes = element_bytes * (head_dim_k + head_dim_v);
+  if (raw_tokens > 0) {
+    work.chunk_tokens = int32_t(std::min<int64_t>({raw_tokens, kMostRawTokens, kMostRawBytes / token_bytes}));
+    work.chunk = take(size_t(work.chunk_tokens * token_bytes));
     work.raw = take(sizeof(float) * size_t(raw_rows * head_dim_v));
   }
-  work.sums = take(sizeof(float) * size_t(kFinishWarps * rows * head_dim_v));
+  work.sums = take(sizeof(float) * size_t(kFinishWarps * std::max(rows, raw_rows) * head_dim_v));
   work.added = take(sizeof(float) * size_t(with_new ? rows * head_dim_v : 0));
   work.bytes = uint32_t(at);
   work.rows = rows;
@@ -857,7 +944,15 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
   // A block a row where there are multiprocessors enough; what is read raw is shared by rows.
   if (kRawRows == 0 && int64_t{grid.x} * grid.y * rows <= 2 * call.blocks) block_rows = 1;
   grid.z = unsigned((rows + block_rows - 1) / block_rows);
-  FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, kRawRows, block_rows, call.splits > call.page_splits);
+  int64_t raw_tokens = 0;
+  if (kRawRows > 0) {
+    if (call.exact.base != nullptr)
+      raw_tokens += std::min(call.exact_first, int64_t{INT32_MAX}) + std::min(call.exact_recent, int64_t{INT32_MAX});
+    if (call.k_new.data != nullptr) raw_tokens += call.max_q_len;
+    raw_tokens = std::max<int64_t>(raw_tokens, 1);
+  }
+  FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, element_bytes(call), raw_tokens, kRawRows, block_rows,
+                                call.splits > call.page_splits);
   work.per_lane = channels_per_lane(v);
   return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(kRawThreads), work.bytes, stream, call, v,
                           output, work);
@@ -866,7 +961,8 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
 template <int kRawRows>
 int load_finish_kernel() {
   constexpr int kMostDim = 256;  // of attention's kernels
-  const int most = int(divide_work(kMostDim, kMostDim, kRawRows, kMaxRows, true).bytes);
+  const int most =
+      int(divide_work(kMostDim, kMostDim, 4, kRawRows > 0 ? kMostRawTokens : 0, kRawRows, kMaxRows, true).bytes);
   return cudaFuncSetAttribute(attention_finish_kernel<kRawRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 

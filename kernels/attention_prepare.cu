@@ -208,6 +208,30 @@ __device__ void write_schedule(const AttentionCall &call, Schedule &shared) {
   }
 }
 
+// Slots of a DIRECT call's segments and what is known of its sequences, by the block.
+__device__ void write_direct(const AttentionCall &call, Schedule &shared) {
+  const DirectPart part = direct_part(call, reinterpret_cast<uint64_t *>(shared.sums));
+  const int thread = int(threadIdx.x), blocks = call.token_blocks, s = thread / blocks;
+  if (thread == 0) call.segment_units[0] = int64_t(part.all);
+  if (s >= call.num_seqs) return;
+  if (thread % blocks == 0) {
+    call.sequence_states[s] = part.sequence.state;
+    if (call.exact.base == nullptr) call.sequence_faults[s] = 0;
+  }
+  const int copies = call.head_parts * call.head_packs;
+  uint64_t begin = part.begin;
+#pragma unroll 1
+  for (int copy = 0; copy < copies; ++copy, begin += part.units) {
+    const int segment = thread * copies + copy;
+    AttentionItem item{s, thread % blocks, copy / call.head_packs, copy % call.head_packs, 0, 0, 0, 0};
+    if (part.units > 0) {  // blocks that have units after those of the beginning
+      item.first_slot = segment + block_of_unit(call, part.all, begin + uint64_t(call.item_units));
+      item.end_slot = segment + block_of_unit(call, part.all, begin + part.units - 1) + 1;
+    }
+    call.segments[segment] = item;
+  }
+}
+
 // ---- ids of exact blocks
 
 // Only with an exact pool.
@@ -491,19 +515,21 @@ struct PrepareWork {
   int32_t row_blocks, per_lane;  // per_lane: channels_per_lane()
 };
 
-// If the call is not DIRECT the first block makes the schedule, so that it starts before the others; the next `row_blocks`
-// take rows, what is left sequences.
+// The first block makes the schedule, so that it starts before the others; the next `row_blocks` take rows, what is left
+// sequences.
 __global__ void __launch_bounds__(kPrepareThreads)
     attention_prepare_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams k,
                              const __grid_constant__ QueryOrder order, const __grid_constant__ PrepareWork work) {
   alignas(16) __shared__ uint8_t memory[kPrepareBytes];
   grid_dependency_wait();
   grid_dependency_launch();
-  const int before_rows = call.direct != 0 ? 0 : 1;
-  if (int(blockIdx.x) < before_rows) return write_schedule(call, *reinterpret_cast<Schedule *>(memory));
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, block = int(blockIdx.x) - before_rows;
+  if (blockIdx.x == 0) {
+    auto &schedule = *reinterpret_cast<Schedule *>(memory);
+    return call.direct != 0 ? write_direct(call, schedule) : write_schedule(call, schedule);
+  }
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, block = int(blockIdx.x) - 1;
   if (block >= work.row_blocks) {
-    const int sequence_blocks = int(gridDim.x) - before_rows - work.row_blocks;
+    const int sequence_blocks = int(gridDim.x) - 1 - work.row_blocks;
     for (int64_t s = int64_t{block - work.row_blocks} * kPrepareWarps + warp; s < call.num_seqs;
          s += int64_t{sequence_blocks} * kPrepareWarps) {
       check_sequence(call, s, lane);
@@ -550,8 +576,7 @@ int launch_attention_prepare(const AttentionCall &call, const SideParams &k, con
   if (call.num_seqs == 0) return 0;
   const PrepareWork work{rotated, query_gain(call, k), blocks_of(int64_t{call.num_tokens} * call.q_heads),
                          channels_per_lane(k)};
-  int blocks = work.row_blocks;
-  if (call.direct == 0) blocks += 1 + (call.exact.base != nullptr ? blocks_of(call.num_seqs) : 0);
+  const int blocks = 1 + work.row_blocks + (call.exact.base != nullptr ? blocks_of(call.num_seqs) : 0);
   return launch_dependent(attention_prepare_kernel, unsigned(blocks), kPrepareThreads, 0, stream, call, k, order, work);
 }
 

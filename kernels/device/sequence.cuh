@@ -138,6 +138,87 @@ __device__ inline int32_t units_of(const AttentionCall &call, TileRange tiles) {
   return tiles.first < tiles.end ? tiles.end - tiles.first + call.item_units : 0;
 }
 
+// Units [low, high) of the call's `all`.
+struct UnitRange {
+  uint64_t low, high;
+};
+
+__device__ inline UnitRange block_units(const AttentionCall &call, uint64_t all, int block) {
+  const uint64_t blocks = uint64_t(call.blocks);
+  return {uint64_t(block) * all / blocks, (uint64_t(block) + 1) * all / blocks};
+}
+
+// The block that has a unit.
+__device__ inline int block_of_unit(const AttentionCall &call, uint64_t all, uint64_t unit) {
+  return int(((unit + 1) * uint64_t(call.blocks) - 1) / all);
+}
+
+// A thread's part of the work of a DIRECT call, a token block of a sequence: part t is block t % token_blocks of sequence
+// t / token_blocks.
+struct DirectPart {
+  Sequence sequence;
+  TileRange tiles;
+  uint32_t units;          // of each of the part's segments; 0 if the thread has no part
+  uint64_t begin, before;  // units, and segments that have units, of the threads before
+  uint64_t all;            // units of all threads
+};
+
+// The end of the rows of sequences before s that have not kBadRows.
+__device__ inline int64_t rows_end_before(const AttentionCall &call, int32_t s) {
+  int64_t rows_end = 0;
+#pragma unroll 1
+  for (int32_t i = 0; i < s; ++i) {
+    const SequenceRows rows = sequence_rows(call, i);
+    if (!bad_rows(call, rows, rows_end)) rows_end = rows.end;
+  }
+  return rows_end;
+}
+
+// By the block, whose warps have a number each in `sums`, in shared memory.
+__device__ __forceinline__ DirectPart direct_part(const AttentionCall &call, uint64_t *sums) {
+  constexpr int kUnitBits = 44;  // of a number; above: how many segments have units
+  constexpr uint64_t kUnits = (uint64_t{1} << kUnitBits) - 1, kJudge = ~uint64_t{0};
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int32_t s = int32_t(uint32_t(thread) / uint32_t(call.token_blocks));
+  const uint32_t copies = uint32_t(call.head_parts) * uint32_t(call.head_packs);
+  DirectPart part;
+#pragma unroll 1
+  for (bool judge = false;; judge = true) {
+    // If no sequence has bad rows by itself each begins where the one before it ends.
+    part.sequence = {}, part.tiles = {0, 0};
+    bool bad = false;
+    if (s < call.num_seqs) {
+      const SequenceRows rows = sequence_rows(call, s);
+      bad = bad_rows(call, rows, judge ? rows_end_before(call, s) : 0);
+      if (!bad) part.sequence = describe_sequence(call, s, rows);
+      part.tiles = tile_range(call, part.sequence, thread - s * call.token_blocks);
+    }
+    part.units = uint32_t(units_of(call, part.tiles));
+    const uint64_t own = uint64_t{part.units} * copies + (uint64_t{part.units > 0 ? copies : 0} << kUnitBits);
+    uint64_t sum = own;
+#pragma unroll 1
+    for (int step = 1; step < 32; step *= 2) {
+      const uint64_t other = __shfl_up_sync(kAll, sum, unsigned(step));
+      if (lane >= step) sum += other;
+    }
+    const bool some_bad = __any_sync(kAll, bad && !judge) != 0;
+    if (lane == 31) sums[warp] = some_bad ? kJudge : sum;
+    __syncthreads();
+    uint64_t all = 0;
+    sum -= own;
+    bool again = false;
+#pragma unroll 1
+    for (int w = 0; w < int(blockDim.x) / 32; ++w) {
+      if (w < warp) sum += sums[w];
+      all += sums[w];
+      again = again || sums[w] == kJudge;
+    }
+    part.begin = sum & kUnits, part.before = sum >> kUnitBits, part.all = all & kUnits;
+    if (!again) return part;
+    __syncthreads();
+  }
+}
+
 // The tiles of k_new, counted from its first key on, that a token of the block sees.
 __device__ inline TileRange new_tile_range(const AttentionCall &call, const Sequence &sequence, int32_t token_block) {
   if (sequence.state != kGood) return {0, 0};
@@ -159,6 +240,24 @@ __device__ inline int32_t exact_block(const AttentionCall &call, const Sequence 
 
 __device__ inline bool is_exact(const AttentionCall &call, const Sequence &sequence, int32_t j) {
   return exact_block(call, sequence, j) >= 0;
+}
+
+// The tokens of a tile that are exact, as bits.
+__device__ inline unsigned exact_tokens(const AttentionCall &call, const Sequence &sequence, int32_t tile) {
+  const int32_t step = min(call.exact.block_size, kTileTokens), first = tile * kTileTokens;
+  unsigned bits = 0;
+#pragma unroll 1
+  for (int32_t j = first; j < min(first + kTileTokens, sequence.coded_length); j += step) {  // by blocks
+    const int32_t column = j / call.exact.block_size;
+    if (column >= call.exact_columns || sequence.exact_table[column] < 0) continue;
+#pragma unroll 1
+    for (int32_t k = j; k < min(j + step, sequence.coded_length); ++k) {
+      if (k - sequence.start < call.exact_first || k > sequence.first_position - call.exact_recent) {
+        bits |= 1u << (k - first);
+      }
+    }
+  }
+  return bits;
 }
 
 // Whether it is known without the table that no key of [low, high) is exact.

@@ -206,22 +206,25 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.splits = call.page_splits + (reads_new(call) ? 1 : 0);
   call.split_tiles = from.fixed_split ? int32_t(from.split_tokens / kTileTokens) : 0;
   call.blocks = std::min(codec.cuda->limits.multiprocessors, cuda::kMaxAttentionBlocks);
-  const int64_t token_blocks =
-      from.cu_seqlens_q == nullptr ? from.num_seqs : from.num_tokens / call.block_tokens + int64_t{from.num_seqs};
+  call.item_units = int32_t(std::max<int64_t>(1, cuda::kItemBytes / call.pool.tile_bytes));
+  const int64_t copies = int64_t{call.head_parts} * call.head_packs;
+  call.token_blocks = std::max(1, (call.max_q_len + call.block_tokens - 1) / call.block_tokens);
+  int64_t token_blocks = int64_t{from.num_seqs} * call.token_blocks;  // of all sequences
+  const int64_t units = copies * token_blocks * (call.max_length / kTileTokens + 1 + call.item_units);
+  call.direct = call.wide_rows == 0 && call.split_tiles == 0 && token_blocks <= 32 * call.pack_heads &&
+                (call.cu_seqlens_q != nullptr || call.num_tokens == call.num_seqs) && copies * token_blocks < 1 << 20 &&
+                units < int64_t{1} << 43;
+  if (call.direct == 0) {
+    token_blocks =
+        from.cu_seqlens_q == nullptr ? from.num_seqs : from.num_tokens / call.block_tokens + int64_t{from.num_seqs};
+  }
   Places places;
-  if (__builtin_mul_overflow(token_blocks * call.head_parts * call.head_packs, int64_t{call.splits},
-                             &call.max_segments) ||
+  if (__builtin_mul_overflow(token_blocks * copies, int64_t{call.splits}, &call.max_segments) ||
       call.max_segments > INT32_MAX / 2 - call.blocks) {
     return fail(TQ_ERROR_OVERFLOW,
                 "%lld splits of %d tokens are more than 2^30 parts, which attention on CUDA counts to",
                 (long long)from.splits, call.num_tokens);
   }
-  call.item_units = int32_t(std::max<int64_t>(1, cuda::kItemBytes / call.pool.tile_bytes));
-  const int64_t copies = int64_t{call.head_parts} * call.head_packs;
-  const int64_t units = copies * call.num_seqs * (call.max_length / kTileTokens + 1 + call.item_units);
-  call.direct = call.wide_rows == 0 && call.split_tiles == 0 && call.cu_seqlens_q == nullptr && call.max_q_len == 1 &&
-                call.num_tokens == call.num_seqs && call.num_seqs <= 32 * call.pack_heads &&
-                copies * call.num_seqs < 1 << 20 && units < int64_t{1} << 43;
   call.operand_bytes = (call.head_dim_k + 31) / 32 * 32;
   const int rows = call.block_tokens * call.block_heads;
   call.slot_bytes =
