@@ -139,6 +139,8 @@ def test_eval_refuses(folder, capsys):
     assert "after the preset" in capsys.readouterr().err
     assert run(tq_eval.main, folder, "--presets", "q4_0") == 1
     assert "is no preset" in capsys.readouterr().err
+    assert run(tq_eval.main, folder, "--presets", ",") == 1
+    assert "names none" in capsys.readouterr().err
     assert run(tq_eval.main, folder, "--context", "5000") == 1
     assert "a window takes 5000 tokens" in capsys.readouterr().err
     with pytest.raises(tqkv.InvalidArgument, match="not one of bytes"):

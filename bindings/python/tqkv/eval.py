@@ -509,6 +509,8 @@ def main(arguments: list[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     schemes = [name for name in a.presets.split(",") if name]
     try:
+        if not schemes:
+            raise _lib.InvalidArgument("--presets names none")
         for name in schemes:
             cache_options(name)
         model = load_model(a.model, a.device, a.dtype)
