@@ -26,7 +26,7 @@ REFERENCE = re.compile(
 
 
 def read(folder: Path, pattern: str) -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern))]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(pattern), key=lambda path: path.stem)]
 
 
 def reference_rows(text: str) -> list[dict]:
