@@ -16,9 +16,10 @@ import tqkv
 from tqkv import _lib
 
 
-def microseconds(function, number=500, rounds=9):
-    # This thread's processor time: other programs do not count.
-    return min(timeit.repeat(function, number=number, repeat=rounds, timer=time.thread_time)) / number * 1e6
+def microseconds(function, sync, number=100, rounds=30):
+    # This thread's processor time: other programs do not count. The device has caught up before each round, so that
+    # its queue never fills and makes a launch wait.
+    return min(timeit.repeat(function, setup=sync, number=number, repeat=rounds, timer=time.thread_time)) / number * 1e6
 
 
 def main() -> None:
@@ -45,20 +46,13 @@ def main() -> None:
     function, handle, args = _lib.functions.paged_attention, codec.handle, bound.args_pointer
     empty = _lib.functions.version
     sync = (lambda: None) if device == "cpu" else torch.cuda.synchronize
-    times = {"bound call": microseconds(bound)}
-    sync()
-    times["the same through bare ctypes"] = microseconds(lambda: function(handle, args))
-    sync()
-    times["ctypes call of tq_version"] = microseconds(empty)
-    times["cache.attention"] = microseconds(lambda: cache.attention(q, batch, out=out), 200)
-    sync()
-    times["cache.store"] = microseconds(lambda: cache.store(k, k, batch), 200)
-    sync()
-    cases = []
-    for _ in range(5):
-        a, b = microseconds(bound, rounds=5), microseconds(lambda: function(handle, args), rounds=5)
-        sync()
-        cases.append(a - b)
+    bare = lambda: function(handle, args)  # noqa: E731
+    times = {"bound call": microseconds(bound, sync)}
+    times["the same through bare ctypes"] = microseconds(bare, sync)
+    times["ctypes call of tq_version"] = microseconds(empty, sync)
+    times["cache.attention"] = microseconds(lambda: cache.attention(q, batch, out=out), sync)
+    times["cache.store"] = microseconds(lambda: cache.store(k, k, batch), sync)
+    cases = [microseconds(bound, sync, rounds=10) - microseconds(bare, sync, rounds=10) for _ in range(9)]
     # Python's part of a bound call: what it takes more than bare ctypes, and what ctypes itself takes.
     times["Python around a bound call"] = statistics.median(cases) + times["ctypes call of tq_version"]
     print(json.dumps({"device": device, "microseconds": {k: round(v, 3) for k, v in times.items()}}, indent=2))

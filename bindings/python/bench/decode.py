@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode steps of a model of Llama-3.1-8B's shape with random weights, over compressed pages and over a dense cache.
 
-    python decode.py [--batch 16] [--context 32768] [--preset k4v4] [--json OUT.json]
+    python decode.py [--batch 16] [--context 32768] [--presets k4v4,k3v3,k2v2] [--json OUT.json]
 
 Attention alone: store and paged attention of all layers, against bf16 SDPA of all layers over a dense cache, each as
 one replayed CUDA graph, over memory far larger than L2. SDPA's layers take turns on as many dense caches as fit. Then
-whole steps of the model on a TqCache, as a captured graph and eager, and the bytes of both caches.
+whole steps of the model on a TqCache, as a captured graph and eager, and the bytes of both caches. TQKV_COMMIT names
+the version measured in the JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tqkv.eval import provenance
 from tqkv.hf import TqCache
 
 
@@ -117,7 +119,8 @@ def measure(model, cache: TqCache, q: torch.Tensor, new: torch.Tensor) -> dict[s
 
     result["step_graph_ms"] = timed(cache.capture(step).replay)
     result["step_eager_ms"] = timed(step, 10)
-    result["faults"] = cache.faults().first
+    if cache.faults().first:
+        raise SystemExit(f"the library counted faults: {cache.faults().first}")
     return result
 
 
@@ -126,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--preset", default="k4v4")
+    parser.add_argument("--presets", default="k4v4,k3v3,k2v2")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--json")
     a = parser.parse_args()
@@ -135,12 +138,13 @@ def main() -> None:
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rope_theta=500000.0,
     )  # fmt: skip
     heads, kv_heads, dim = 32, 8, 128
-    result = {
-        "device": torch.cuda.get_device_name(),
+    result = provenance("cuda") | {
         "batch": a.batch,
         "context": a.context,
-        "preset": a.preset,
         "layers": a.layers,
+        "q_heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": dim,
     }
     q = torch.randn(a.batch, heads, 1, dim, dtype=torch.bfloat16, device="cuda")
     new = torch.randn(a.batch, kv_heads, 1, dim, dtype=torch.bfloat16, device="cuda")
@@ -156,16 +160,19 @@ def main() -> None:
     result["dense_cache_bytes"] = a.layers * 4 * a.batch * kv_heads * a.context * dim
     plain = {"exact_first_tokens": 0, "exact_recent_tokens": 0, "key_offset": None}
     best = min(t for t in kernels.values() if t)
-    for name, options in (("plain", plain), ("offset and exact ranges", {})):
-        cache = TqCache.for_model(model, a.preset, max_tokens=a.context + 256, **options)
-        fill(cache, a.batch, a.context, kv_heads, dim)
-        result[name] = measure(model, cache, q, new) | {"cache_bytes": cache.nbytes()}
-        result[name]["attention_share_of_sdpa"] = result[name]["attention_ms"] / best
-        del cache
-        gc.collect()  # a cache and its layers know each other
-        torch.cuda.empty_cache()
-    for key, value in result.items():
-        print(f"{key:32s} {value}")
+    result["rows"] = []
+    for preset in a.presets.split(","):
+        for kind, options in (("plain", plain), ("offset and exact ranges", {})):
+            cache = TqCache.for_model(model, preset, max_tokens=a.context + 256, **options)
+            fill(cache, a.batch, a.context, kv_heads, dim)
+            row = {"preset": preset, "kind": kind, "cache_bytes": cache.nbytes()} | measure(model, cache, q, new)
+            row["attention_share_of_sdpa"] = row["attention_ms"] / best
+            print(row, flush=True)
+            result["rows"].append(row)
+            del cache
+            gc.collect()  # a cache and its layers know each other
+            torch.cuda.empty_cache()
+    print({key: value for key, value in result.items() if key != "rows"})
     if a.json:
         with open(a.json, "w") as f:
             json.dump(result, f, indent=1)

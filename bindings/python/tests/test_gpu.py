@@ -136,15 +136,15 @@ def test_refused(torch, codec):
         codec.encode(x, codes=torch.zeros(4, DIM // 2, dtype=torch.uint8))
     with pytest.raises(tqkv.NotSupported, match="NumPy"):
         tqkv.PagedCache(codec, 1, library="numpy")
-    with pytest.raises(tqkv.TqError, match=r"\."):
+    with pytest.raises(tqkv.TqError, match="device 63"):
         tqkv.Codec(head_dim=DIM, device="cuda:63")
-    # head_dim 48 is stored, but attention on CUDA refuses it by name.
-    odd = tqkv.Codec(head_dim=48, device="cuda")
+    # head_dim 512 is stored, but attention on CUDA refuses it by name.
+    odd = tqkv.Codec(head_dim=512, device="cuda")
     cache = tqkv.PagedCache(odd, 4, library="torch")
     batch = cache.batch([cache.allocate()])
     batch.append(1)
     with pytest.raises(tqkv.NotSupported, match="head_dim"):
-        cache.attention(torch.zeros(1, 1, 48, device="cuda"), batch)
+        cache.attention(torch.zeros(1, 1, 512, device="cuda"), batch)
 
 
 def test_cupy(torch, codec):

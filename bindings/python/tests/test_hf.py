@@ -7,6 +7,7 @@ chunk.
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -20,7 +21,7 @@ from tqkv.hf import TqCache  # noqa: E402
 pytestmark = pytest.mark.transformers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PRESETS = ["k4v4", "k4v3", "k3v3", "k4v2", "k3v2", "k2v2"]
+PRESETS = [name for name in tqkv.presets() if re.fullmatch(r"k\dv\d", name)]  # without their aliases
 
 
 @pytest.fixture(params=DEVICES)
@@ -30,7 +31,16 @@ def device(request):
     return request.param
 
 
-def build(kind: str, device: str, head_dim: int = 64, heads: int = 4, kv_heads: int = 2, layers: int = 4, **more):
+def build(
+    kind: str,
+    device: str,
+    head_dim: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 4,
+    dtype=torch.float32,
+    **more,
+):
     """A small model with random weights, large enough ones for attention to matter."""
     torch.manual_seed(7)
     common = dict(
@@ -68,7 +78,7 @@ def build(kind: str, device: str, head_dim: int = 64, heads: int = 4, kv_heads: 
     else:
         raise ValueError(kind)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(device)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to(device)
     if kind == "gpt_oss":  # sinks that count
         for layer in model.model.layers:
             layer.self_attn.sinks.data.uniform_(0, 3)
@@ -82,9 +92,12 @@ class Oracle:
     def __init__(self):
         self.parts, self.seen = None, 0
 
+    def exact(self, x, codec):
+        return x.to(torch.float16 if codec.info.raw_type == "f16" else torch.bfloat16).float()
+
     def round_trip(self, x, codec, side):
         if getattr(codec.info, side).bits == 16:
-            return x.to(torch.bfloat16).float()
+            return self.exact(x, codec)
         rows, heads, tokens, channels = x.shape
         flat = x.transpose(1, 2).contiguous().view(-1, channels)
         codes, scales = codec.encode(flat, side)
@@ -99,8 +112,8 @@ class Oracle:
             if self.seen == 0:
                 self.check_offset(layer, key)
         new = [
-            key.to(torch.bfloat16).float(),
-            value.to(torch.bfloat16).float(),
+            self.exact(key, layer.codec),
+            self.exact(value, layer.codec),
             self.round_trip(key - offset, layer.codec, "k") + offset,
             self.round_trip(value, layer.codec, "v"),
         ]
@@ -155,8 +168,11 @@ class Oracle:
         assert torch.isfinite(out).all()
         CheckedCache.worst = max(CheckedCache.worst, error.item())
         CheckedCache.calls += 1
-        # Sums of f32. On CUDA queries and weights are rounded to 16-bit integers: 3e-4 of the norm.
-        assert error < (1e-5 if query.device.type == "cpu" else 5e-4), (layer.index, self.seen, tokens, error)
+        # Sums of f32. On CUDA queries and weights are rounded to 16-bit integers: 3e-4 of the norm with f32 outputs, else
+        # 8e-4, and outputs are rounded to half a unit in their last place.
+        most = 1e-5 if query.device.type == "cpu" else 5e-4 if out.dtype == torch.float32 else 1e-3
+        most += {torch.float32: 0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[out.dtype]
+        assert error < most, (layer.index, self.seen, tokens, error)
 
     def rows(self, index):
         if self.parts is not None:
@@ -173,7 +189,7 @@ class Oracle:
         first = (place >= 0) & (place < layer.cache.first_blocks)
         again = ((position >= needed) & (position < low) & ~first)[:, None, :, None]
         for raw in (0, 1):
-            coded = self.parts[raw + 2].to(torch.bfloat16).float()
+            coded = self.exact(self.parts[raw + 2], layer.codec)
             self.parts[raw] = torch.where(again, coded, self.parts[raw])
 
 
@@ -221,15 +237,6 @@ def prompt(rows: int, tokens: int, device: str, seed: int = 3) -> torch.Tensor:
 @torch.no_grad()
 def step(model, cache, ids, mask=None):
     return model(ids, past_key_values=cache, attention_mask=mask).logits.float()
-
-
-def require_raw(device: str) -> None:
-    """Skips where the library refuses raw pages, with its sentence."""
-    model = build("llama", device, layers=1)
-    try:
-        step(model, TqCache.for_model(model, "raw"), prompt(1, 2, device))
-    except tqkv.NotSupported as error:
-        pytest.skip(str(error))
 
 
 def close(a, b, most):
@@ -307,6 +314,29 @@ def test_any_group_size(heads, kv_heads, head_dim, device):
         step(model, cache, ids[:, a:b])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", ["batch", None])
+def test_models_of_16_bits(dtype, offset, device):
+    model = build("llama", device, layers=2, dtype=dtype)
+    ids = prompt(2, 80, device)
+    cache = CheckedCache.for_model(model, "k4v3", exact_recent_tokens=16, rollback_tokens=8, key_offset=offset)
+    for a, b in ((0, 40), (40, 41), (41, 69), (69, 70), (70, 71)):
+        step(model, cache, ids[:, a:b])
+    assert cache._kv[0].codec.info.raw_type == ("f16" if dtype == torch.float16 else "bf16")
+    cache.crop(-20)  # exact copies come back from codes
+    step(model, cache, ids[:, 51:52])
+
+
+@pytest.mark.parametrize("k_bits, v_bits", [(8, 3), (1, 8)])
+def test_bits_chosen_apart(k_bits, v_bits, device):
+    model = build("llama", device, layers=2)
+    ids = prompt(2, 50, device)
+    cache = CheckedCache.for_model(model, k_bits=k_bits, v_bits=v_bits, exact_recent_tokens=16)
+    for a, b in ((0, 40), (40, 41), (41, 50)):
+        step(model, cache, ids[:, a:b])
+    assert (cache._kv[0].codec.info.k.bits, cache._kv[0].codec.info.v.bits) == (k_bits, v_bits)
+
+
 @pytest.mark.parametrize("mode", ["batch", "sequence", None])
 def test_key_offset(mode, device):
     model = build("qwen2", device, layers=2)
@@ -340,7 +370,6 @@ def test_left_padding(kind, device):
 
 def test_padding_changes_nothing(device):
     """A padded sequence gives the logits of the same one alone."""
-    require_raw(device)
     model = build("llama", device, layers=2)
     ids, mask = prompt(2, 60, device), torch.ones(2, 60, dtype=torch.long, device=device)
     mask[1, :20] = 0
@@ -352,11 +381,11 @@ def test_padding_changes_nothing(device):
                 ids[:, a:b], past_key_values=padded, attention_mask=mask[:, :b], position_ids=position[:, a:b]
             ).logits
             want = model(ids[1:, max(a, 20) : b], past_key_values=alone).logits
-        close(got[1:, max(0, 20 - a) :], want, 1e-3)
+        # On CUDA outputs are within 3e-4 of exact ones; noise of this size moves the logits by 2e-3, on both sides.
+        close(got[1:, max(0, 20 - a) :], want, 1e-3 if device == "cpu" else 5e-3)
 
 
 def test_layers_kept_raw(device):
-    require_raw(device)
     model = build("llama", device, layers=5)
     cache = CheckedCache.for_model(model, "k2v2", raw_first_layers=1, raw_last_layers=1, raw_layers=[-3])
     assert [layer.raw for layer in cache._kv] == [True, False, True, False, True]
@@ -432,8 +461,6 @@ def test_window_refuses_a_crop_that_loses_tokens(device):
 
 @pytest.mark.parametrize("preset", ["raw", *PRESETS])
 def test_generation_with_every_preset(preset, device):
-    if preset == "raw":
-        require_raw(device)
     model = build("llama", device, layers=2)
     ids = prompt(2, 40, device)
 
@@ -659,23 +686,22 @@ def text(tokens: int) -> torch.Tensor:
 
 @real
 def test_raw_pages_are_the_dynamic_cache(device):
-    """Teacher-forced over 512 tokens. In f32: in bf16 two of PyTorch's own attentions differ by a KL of 1.7e-4 here.
-    Raw pages round to bf16, that is all that differs."""
-    require_raw(device)
+    """Teacher-forced over 512 tokens, one a step. In f32: in bf16 two of PyTorch's own attentions differ by a KL of 1.7e-4
+    here. Raw pages round to bf16, that is all that differs: 2e-6."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().to(device)
-    ids = text(512).to(device)
+    ids = text(640).to(device)
     logs = []
     for cache in (DynamicCache(), TqCache.for_model(model, "raw")):
-        parts = [step(model, cache, ids[:, :256])]
-        parts += [step(model, cache, ids[:, i : i + 1]) for i in range(256, 512)]
+        step(model, cache, ids[:, :128])
+        parts = [step(model, cache, ids[:, i : i + 1]) for i in range(128, 640)]
         logs.append(torch.cat(parts, 1).double().log_softmax(-1))
     kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item()
+    print(f"KL {kl:.1e}")
     assert kl < 1e-5, kl
 
 
 @real
 def test_raw_pages_give_the_same_greedy_text(device):
-    require_raw(device)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval().to(device)
     ids = text(200).to(device)
     options = dict(max_new_tokens=100, do_sample=False, output_logits=True, return_dict_in_generate=True)

@@ -149,6 +149,7 @@ class _DLVersioned(ctypes.Structure):
 
 _DL_CPU, _DL_CUDA, _DL_CUDA_HOST, _DL_CUDA_MANAGED = 1, 2, 3, 13
 _DL_READ_ONLY = 1
+_JAX = ("jax", "jaxlib")  # where JAX's arrays come from; they are read-only
 _DL_TYPES = {
     (0, 8): "i8", (0, 16): "i16", (0, 32): "i32", (0, 64): "i64",
     (1, 8): "u8", (1, 16): "u16", (1, 32): "u32", (1, 64): "u64",
@@ -188,8 +189,6 @@ def _dlpack_view(x: Any, name: str, stream: int | None) -> View:
         tensor, readonly = versioned.tensor, bool(versioned.flags & _DL_READ_ONLY)
     elif _capsule_is(capsule, b"dltensor"):
         tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
-        # Before version 1.0 nothing told of read-only memory; JAX arrays are.
-        readonly = type(x).__module__.partition(".")[0] in ("jax", "jaxlib")
     else:
         raise InvalidType(f"{name}.__dlpack__() returned no DLPack capsule")
     dtype = _DL_TYPES.get((tensor.dtype.code, tensor.dtype.bits)) if tensor.dtype.lanes == 1 else None
@@ -200,6 +199,7 @@ def _dlpack_view(x: Any, name: str, stream: int | None) -> View:
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     strides = tuple(tensor.strides[i] for i in range(tensor.ndim)) if tensor.strides else _packed(shape)
     library = type(x).__module__.partition(".")[0]
+    readonly |= library in _JAX  # whether the capsule says so or not
     pointer = (tensor.data or 0) + tensor.byte_offset
     return View(pointer, shape, strides, dtype, device, library, (x, capsule), readonly)
 
@@ -443,6 +443,8 @@ def current_stream(device: Device, stream: Any, *arrays: Any) -> int:
         if library == "cupy":
             return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
     for x in arrays:
+        if type(x).__module__.partition(".")[0] in _JAX:  # DLPack made the default stream wait
+            continue
         interface = getattr(x, "__cuda_array_interface__", None)
         if interface is not None and interface.get("stream") is not None:
             return int(interface["stream"])

@@ -30,10 +30,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import __version__ as transformers_version
 
 from . import _lib
-from .hf import TqCache
+from ._codec import build_info
+from .hf import TqCache, TqLayer
 
+_MOST_HEADS = 1024  # of a codec
 _PRESETS = "k4v4,k4v3,k3v3,k4v2,k3v2,k2v2,k4v4/plain,k3v3/plain,k2v2/plain"
 _NAMES = ["Ada", "Boris", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Irene", "Jonas"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -93,12 +96,51 @@ def cache_options(scheme: str, first: int = 4, recent: int = 128, offset: str = 
     return {**options, "exact_first_tokens": first, "exact_recent_tokens": recent, "key_offset": offset}
 
 
+class _LockstepLayer(TqLayer):
+    def attend(self, q: torch.Tensor, settings: Any) -> torch.Tensor:
+        rows, heads, tokens, channels = q.shape
+        out = super().attend(q.reshape(1, rows * heads, tokens, channels), settings)
+        return out.view(tokens, rows, heads, self.head_dim_v).transpose(0, 1)
+
+    def sinks(self, given: torch.Tensor) -> int:
+        pointer = super().sinks(given)
+        heads = given.numel() * self.cache.copies
+        if self._sinks.numel() != heads:
+            self._sinks = self._sinks.repeat(self.cache.copies)
+            pointer = int(self._sinks.data_ptr())
+        return pointer
+
+
+class LockstepCache(TqCache):
+    """For sequences of equal length that nothing moves: they are heads of one sequence, so that a key offset each takes
+    no call of its own. The arithmetic is that of a TqCache with key_offset="sequence". Attention masks, reordering,
+    repeating and selecting mean nothing here."""
+
+    layer_type = _LockstepLayer
+    copies = 1
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.layers[layer_idx], TqLayer):
+            self.copies = key_states.shape[0]
+            key_states, value_states = (x.reshape(1, -1, *x.shape[2:]) for x in (key_states, value_states))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def bytes_per_token(self) -> int:
+        return super().bytes_per_token() // self.copies
+
+    def exact_bytes_per_sequence(self) -> int:
+        return super().exact_bytes_per_sequence() // self.copies
+
+
 class Runner:
     """Runs a prompt and then single tokens, on a cache that is used again; on CUDA the steps are a captured graph."""
 
     def __init__(self, model: Any, rows: int, tokens: int, options: dict[str, Any]):
         self.model = model
-        self.cache = TqCache.for_model(model, max_tokens=tokens, **options)
+        kind = LockstepCache if options["key_offset"] == "sequence" else TqCache
+        self.cache = kind.for_model(model, max_tokens=tokens, **options)
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
         self._graph: Any = None
 
@@ -241,6 +283,19 @@ def decode_speed(model: Any, ids: torch.Tensor, cache: Any, steps: int = 32) -> 
     return float(ids.shape[0] * steps / (time.perf_counter() - start))
 
 
+def provenance(device: Any) -> dict[str, Any]:
+    """What measured, and when. The environment's TQKV_COMMIT says which version."""
+    device = torch.device(device)
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "library": build_info().version,
+        "commit": os.environ.get("TQKV_COMMIT", ""),
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+    }
+
+
 def _bins(found: list[bool], bins: int = 8) -> list[float]:
     size = max(1, len(found) // bins)
     return [sum(found[i : i + size]) / len(found[i : i + size]) for i in range(0, len(found), size)]
@@ -268,8 +323,10 @@ def evaluate(
     if count < 1:
         raise _lib.InvalidArgument(f"a window takes {context} tokens; the text has {len(ids)}")
     batch = torch.tensor(ids[: count * context], device=device).view(count, context)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    group = max(1, min(count, memory_bytes // (half * vocabulary * 4)))
+    config = model.config.get_text_config(decoder=True)
+    vocabulary = config.vocab_size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    group = max(1, min(count, memory_bytes // (half * vocabulary * 4), _MOST_HEADS // heads))
     contexts = list(needles(text, ids, needle_count, context - context // 64)) if needle_count else []
     needle_rows = max(1, min(8, len(contexts), 65536 // context))
     scored = count * (context - half)
@@ -319,7 +376,9 @@ def evaluate(
         caches = {name: runners[name, batch[:group].shape[0]].cache for name in schemes}
         sizes = {name: (cache.bytes_per_token(), cache.exact_bytes_per_sequence()) for name, cache in caches.items()}
         item = next(model.parameters()).element_size()
-        dense = sum(layer.kv_heads * (layer.head_dim_k + layer.head_dim_v) * item for layer in caches[schemes[0]]._kv)
+        some = caches[schemes[0]]
+        copies = some.copies if isinstance(some, LockstepCache) else 1
+        dense = sum(layer.kv_heads * (layer.head_dim_k + layer.head_dim_v) * item for layer in some._kv) // copies
         runners.clear()
         caches.clear()
         gc.collect()  # a cache and its layers know each other
@@ -348,7 +407,7 @@ def evaluate(
                     seconds=seconds[name],
                 )
             )
-    return {
+    return provenance(device) | {
         "context": context,
         "windows": count,
         "scored_tokens": scored,
@@ -357,8 +416,6 @@ def evaluate(
         "exact_first_tokens": first,
         "exact_recent_tokens": recent,
         "key_offset": offset,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
         "rows": rows,
     }
 
@@ -452,6 +509,8 @@ def main(arguments: list[str] | None = None) -> int:
     a = parser.parse_args(arguments)
     schemes = [name for name in a.presets.split(",") if name]
     try:
+        if not schemes:
+            raise _lib.InvalidArgument("--presets names none")
         for name in schemes:
             cache_options(name)
         model = load_model(a.model, a.device, a.dtype)

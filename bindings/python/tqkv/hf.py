@@ -60,13 +60,14 @@ def _blocks(tokens: int) -> int:
 def _codec(**options: Any) -> Codec:
     """Codecs are immutable and live as long as the process: layers and caches share them.
 
-    Sides of 1 and 2 bits get the unbiased scale, unlike the library's default, which single layers' errors chose. In a
-    whole model the errors of all layers have one direction where scales are too small, and add up: k2v2 with offset and
-    exact ranges on a small model has a KL of .0057 by default, .0035 with unbiased values, .0030 with keys too.
+    Codes get the unbiased scale, unlike the library's default, which single layers' errors chose. In a whole model the
+    errors of all layers have one direction where scales are too small, and add up. A small model's KL, and what its text
+    takes more than uncompressed, in bits a byte, with offset and exact ranges: k4v4 .00016 and .0008 by default, .00016
+    and .0004 with the unbiased scale; k3v3 .00072 and .0029, .00064 and .0017; k2v2 .0057, .0030.
     """
     codec = Codec(**options)
     rules: dict[str, Any] = {
-        side: {"scale_rule": "unbiased"} for side in ("k", "v") if getattr(codec.info, side).bits <= 2
+        side: {"scale_rule": "unbiased"} for side in ("k", "v") if getattr(codec.info, side).bits <= 4
     }
     if rules:
         codec = Codec(**options, **rules)
@@ -599,6 +600,8 @@ class TqCache(Cache):  # type: ignore[misc]
     seed: of the rotations.
     """
 
+    layer_type = TqLayer
+
     def __init__(
         self,
         config: Any,
@@ -645,7 +648,7 @@ class TqCache(Cache):  # type: ignore[misc]
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**made_of))
                 continue
             window = made_of["window"]
-            layer = TqLayer(self, i, window, self.kv_layers.index(i) in raw)
+            layer = self.layer_type(self, i, window, self.kv_layers.index(i) in raw)
             layer.tables = self.groups.setdefault(window, _Tables(window, rollback_tokens))
             layer.tables.layers.append(layer)
             layers.append(layer)
@@ -824,7 +827,7 @@ class TqCache(Cache):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layer = self.layers[layer_idx]
-        if type(layer) is not TqLayer:
+        if not isinstance(layer, TqLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
         if self._pending is not None:
             raise NotSupported(
@@ -964,7 +967,7 @@ class TqCache(Cache):  # type: ignore[misc]
 
     def _others(self) -> list[Any]:
         """Layers that are transformers' own: recurrent and convolutional states."""
-        return [layer for layer in self.layers if type(layer) is not TqLayer]
+        return [layer for layer in self.layers if not isinstance(layer, TqLayer)]
 
     def reset(self) -> None:
         """Empties the cache; its memory stays."""
