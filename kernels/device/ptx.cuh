@@ -334,11 +334,14 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, uint32_t parity)
 
 // cp.async.bulk: one thread starts the copy, which `barrier` counts. Addresses and size are multiples of 16 bytes. Shared
 // memory that threads have read before may be overwritten once they have arrived at a barrier that this thread waited for.
+// What is copied is read once: of the L2 cache it shall leave first, before code and what all blocks read.
 __device__ __forceinline__ void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *barrier) {
-  TQKV_HOPPER("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                  shared_address(shared)),
-              "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
-              : "memory");
+  TQKV_HOPPER(
+      "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+      " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy; "
+      "}" ::"r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
 }
 
 // fence.proxy.async: what the thread has stored to shared memory comes before bulk copies that overwrite it later.
