@@ -62,11 +62,10 @@ struct StepTable {
 // What of a warp's row is not looked at for every tile.
 struct RowState {
   float base, total;  // at the end: the reference and the sum of weights p
+  float offset;       // QueryRow's; -infinity: there is no such row
   float slope;
   int32_t position, low, high;  // keys [low, high) of the item are visible
-  QueryRow query;
-  const uint8_t *operands;  // null: there is no such row
-  int2 plain;               // of the first row: tiles [x, y) that all rows see, with nothing to adjust
+  int2 plain;                   // of the first row: tiles [x, y) that all rows see, with nothing to adjust
 };
 
 struct AttentionShared {
@@ -599,15 +598,13 @@ __device__ __forceinline__ int2 describe_rows(const AttentionCall &call, const L
   const int row = lane_index();
   const int64_t at = row_at(call, listed, pack_head, row);
   int begin = INT32_MIN, end = INT32_MAX;
-  RowState state{kMinusInfinity, 0, 0, 0, 0, 0, {0, kMinusInfinity, 0, 0}, nullptr, {0, 0}};
+  RowState state{kMinusInfinity, 0, kMinusInfinity, 0, 0, 0, 0, {0, 0}};
   if (at >= 0) {
     state.position = position(call, sequence, item.token_block * call.block_tokens + row / call.block_heads);
     const KeyRange keys = visible_keys(call, sequence, state.position);
     begin = state.low = keys.low;
     end = state.high = min(min(keys.high, sequence.coded_length), item.end_tile * kTileTokens);
     if (call.alibi_slopes != nullptr) state.slope = call.alibi_slopes[at % call.q_heads] * kLog2E;
-    state.query = call.query_rows[at];
-    state.operands = call.query_operands + at * 2 * call.operand_bytes;
   }
   if (row < kRows) states[row] = state;
   for (int lane = 4; lane > 0; lane /= 2) {
@@ -639,33 +636,28 @@ class WarpRows {
   __device__ WarpRows(const AttentionCall &call, RowState *states)
       : call_(call), all_states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
 
-  // Brings what begin() reads to the L1 cache.
-  __device__ void prefetch(const ListedItem &listed, int pack_head) const {
-    constexpr int kLines = 4;  // of a row: two bytes of at most 256 channels
-    const int row = lane_index() / kLines, line = lane_index() % kLines;
-    const int64_t at = row_at(call_, listed, pack_head, row);
-    if (at < 0) return;
-    if (128 * line < 2 * call_.operand_bytes)
-      prefetch_l1(call_.query_operands + at * 2 * call_.operand_bytes + 128 * line);
-    if (line == kLines - 1) prefetch_l1(call_.query_rows + at);
+  // Loads the queries of an item's rows; begin() comes next.
+  __device__ __forceinline__ void load(const ListedItem &listed, int pack_head) {
+    const int64_t at = row_at(call_, listed, pack_head, g_ % Shape::kRows);
+    int4 query = make_int4(0, __float_as_int(kMinusInfinity), 0, 0);
+    const uint8_t *bytes = call_.query_operands + at * 2 * call_.operand_bytes + q_ * 16 * K::kSteps;
+    if (at >= 0) query = reinterpret_cast<const int4 *>(call_.query_rows)[at];
+#pragma unroll
+    for (int s = 0; s < K::kSteps; ++s) {
+      uint4 word = make_uint4(0, 0, 0, 0);
+      if (at >= 0) word = *reinterpret_cast<const uint4 *>(bytes + 16 * s);
+      a_[s][0] = word.x, a_[s][1] = word.y, a_[s][2] = word.z, a_[s][3] = word.w;
+    }
+    gain_ = __int_as_float(query.x), shifted_ = __int_as_float(query.y);
+    // Four registers, because a product takes them as a quad.
+    bias_[0] = query.z, bias_[1] = apart(query.z);
+    bias_[2] = query.w, bias_[3] = apart(query.w);
   }
 
   // `number`: of the first tile.
   __device__ void begin(const ListedItem &listed, int pack_head, int number) {
     const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states());
     plain_end_ = number >= plain.x ? plain.y : 0;
-    const RowState &state = row();
-    gain_ = state.query.gain, shifted_ = state.query.offset;
-    // Four registers, because a product takes them as a quad.
-    bias_[0] = state.query.bias_high, bias_[1] = apart(bias_[0]);
-    bias_[2] = state.query.bias_low, bias_[3] = apart(bias_[2]);
-    const uint8_t *bytes = state.operands + q_ * 16 * K::kSteps;
-#pragma unroll
-    for (int s = 0; s < K::kSteps; ++s) {
-      uint4 word = make_uint4(0, 0, 0, 0);
-      if (state.operands != nullptr) word = *reinterpret_cast<const uint4 *>(bytes + 16 * s);
-      a_[s][0] = word.x, a_[s][1] = word.y, a_[s][2] = word.z, a_[s][3] = word.w;
-    }
 #pragma unroll
     for (int n = 0; n < V::kColumns; ++n) {
 #pragma unroll
@@ -674,6 +666,7 @@ class WarpRows {
     sum_ = 0;
     weights_ = 0;
     squares_ = 0;
+    if (lane_index() % 4 == 0 && lane_index() / 4 < Shape::kRows) row().offset = shifted_;
     if (lane_index() == 0) states()[0].plain = plain;
     __syncwarp();
     flags_ = kUnset;
@@ -702,7 +695,7 @@ class WarpRows {
     sum_ = row_sum(sum_);
     const bool set = (flags_ & kUnset) == 0 && sum_ != 0;
     RowState &state = row();
-    const float base = set ? state.query.offset - shifted_ : kMinusInfinity;
+    const float base = set ? state.offset - shifted_ : kMinusInfinity;
     __syncwarp();
     if (lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows) state.base = base, state.total = sum_;
     __syncwarp();
@@ -808,7 +801,7 @@ class WarpRows {
     }
     if (number + kStepTiles <= plain_end_) {
       if (call_.soft_cap > 0) {
-        const float offset = row().query.offset, shift = shifted_ - offset;
+        const float offset = row().offset, shift = shifted_ - offset;
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -869,11 +862,11 @@ class WarpRows {
     const RowState &state = row();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float score = __fmaf_rn(float(scores[i]), k_scale[i] * gain_, state.query.offset);
+      float score = __fmaf_rn(float(scores[i]), k_scale[i] * gain_, state.offset);
       if (call_.soft_cap > 0) score = cap(score);
       if (call_.alibi_slopes != nullptr) score = __fmaf_rn(state.slope, float(j + i - state.position), score);
       const bool seen = j + i >= state.low && j + i < state.high && (exact >> i & 1) == 0;
-      y[i] = seen ? score + (shifted_ - state.query.offset) : kMinusInfinity;
+      y[i] = seen ? score + (shifted_ - state.offset) : kMinusInfinity;
       if (!seen) v_scale[i] = 0;  // it may be anything
     }
   }
@@ -1150,6 +1143,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   StepTable &table = reinterpret_cast<StepTable *>(memory + ring.tables_at)[team.index];
   uint8_t *stages = memory + team.index * ring.stages * ring.stage_bytes;
   uint64_t *full = shared.full + team.index * ring.stages;
+  touch_parameter<kMostWarps>(call, reinterpret_cast<uint32_t *>(shared.sums));
   for (int i = int(threadIdx.x); i < team.count * ring.stages; i += int(blockDim.x)) {
     barrier_init(&shared.full[i], 1);
     barrier_init(&shared.empty[i], uint32_t(call.pack_heads));
@@ -1173,8 +1167,13 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     // For queries, which are loaded before many pages make that slow.
     grid_dependency_wait();
     grid_dependency_launch();
+    int first = 0;  // item that has tiles
+#pragma unroll 1
+    while (first < shared.num_items && shared.items[first].item.first_tile >= shared.items[first].item.end_tile)
+      ++first;
+    if (first < shared.num_items) rows.load(shared.items[first], head);
+    if (lane == 0) shared.current[warp] = first;
     if (head == 0 && shared.num_items > 0) {
-      rows.prefetch(shared.items[0], head);
       find_steps(call, shared, table, team, 0);
       __syncwarp();
 #pragma unroll 1
@@ -1185,12 +1184,15 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     }
     int n = 0, turn = 0;  // the next step, and whose turn it is to copy
 #pragma unroll 1
-    for (int i = 0; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
+    for (int i = first; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
       const ListedItem &listed = shared.items[i];
+      __syncwarp();
+      const bool loaded = shared.current[warp] == i;
       __syncwarp();  // all lanes know i
       if (lane == 0) shared.current[warp] = i;
       __syncwarp();
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
+      if (!loaded) rows.load(listed, head);
       int tile = tile_of(listed.item, team, 0);
       rows.begin(listed, head, tile);
 #pragma unroll 1

@@ -771,6 +771,8 @@ template <int kRawRows>
 __device__ __forceinline__ void finish_rows(const AttentionCall &call, const SideParams &v, const Output &output,
                                             const FinishWork &work) {
   __shared__ Factors factors;
+  __shared__ uint32_t touched[kFinishWarps];
+  touch_parameter<kFinishWarps>(call, touched);
   // What comes before the wait is written by "prepare", whose end "attention" has waited for.
   BlockRows rows;
   if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return grid_dependency_wait();

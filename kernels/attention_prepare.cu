@@ -521,6 +521,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     attention_prepare_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams k,
                              const __grid_constant__ QueryOrder order, const __grid_constant__ PrepareWork work) {
   alignas(16) __shared__ uint8_t memory[kPrepareBytes];
+  __shared__ uint32_t touched[kPrepareWarps];
+  touch_parameter<kPrepareWarps>(call, touched);
   grid_dependency_wait();
   grid_dependency_launch();
   if (blockIdx.x == 0) {

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <utility>
 
 namespace tqkv::cuda {
@@ -36,6 +37,21 @@ int launch_dependent(void (*kernel)(P...), dim3 grid, unsigned threads, size_t s
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, std::forward<A>(args)...);
+}
+
+// Brings a kernel's parameter to the constant cache, by kWarps warps at once: what they would miss later, each miss as long
+// as that of a load, would be one after the other. `scratch`: a word a warp, in shared memory.
+template <int kWarps, class Parameter>
+__device__ __forceinline__ void touch_parameter(const Parameter &parameter, uint32_t *scratch) {
+  constexpr int kLine = 64;
+  const int warp = int(threadIdx.x) / 32;
+  if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+  for (int line = 0; line < int(sizeof parameter) / kLine; ++line) {
+    if (warp != line % kWarps) continue;
+    *static_cast<volatile uint32_t *>(scratch + warp) =
+        reinterpret_cast<const uint32_t *>(&parameter)[line * kLine / 4];
+  }
 }
 
 }  // namespace tqkv::cuda

@@ -208,7 +208,7 @@ __device__ __forceinline__ DirectPart direct_part(const AttentionCall &call, uin
     sum -= own;
     bool again = false;
 #pragma unroll 1
-    for (int w = 0; w < int(blockDim.x) / 32; ++w) {
+    for (int w = 0; w < (call.num_seqs * call.token_blocks + 31) / 32; ++w) {
       if (w < warp) sum += sums[w];
       all += sums[w];
       again = again || sums[w] == kJudge;
