@@ -49,7 +49,7 @@ struct AttentionPool {
 
 inline constexpr int kMaxAttentionBlocks = 512;
 // Bytes of codes whose time, on an H200, is that of an item more in a block.
-inline constexpr int kItemBytes = 52 << 10;
+inline constexpr int kItemBytes = 32 << 10;
 inline constexpr float kLog2E = 0x1.715476p+0f;
 
 // A segment, or the part of one that a block has. Tiles [first_tile, end_tile); a segment without units has none.

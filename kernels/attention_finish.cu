@@ -435,6 +435,8 @@ class RawPart {
       } else {
         barrier_arrive(&shared_.copied);
       }
+      if (chunk == 0) load_queries();
+      __syncthreads();
       score(tokens, warp, lane, parity);
       __syncthreads();
       if (warp < kRows) softmax(warp, lane, tokens, key_of);
@@ -511,7 +513,38 @@ class RawPart {
   __device__ __forceinline__ static void load(const uint8_t *row, int type, int lane, int n, float (&x)[kWide]) {
 #pragma unroll
     for (int i = 0; i < kWide; ++i) x[i] = 0;
-    if (kWide * lane < n) load_neighbours(row, type, true, kWide * lane, x);
+    if (kWide * lane >= n) return;
+    if (type == TQ_TYPE_F32) {
+      const auto four = reinterpret_cast<const Neighbours<float, kWide> *>(row)[lane];
+#pragma unroll
+      for (int i = 0; i < kWide; ++i) x[i] = four.of[i];
+    } else {
+      const auto words = reinterpret_cast<const Neighbours<uint32_t, kWide / 2> *>(row)[lane];
+#pragma unroll
+      for (int i = 0; i < kWide; i += 2) {
+        const uint32_t word = words.of[i / 2];
+        f32_pair_from_f16(word, x[i], x[i + 1]);
+        if (type != TQ_TYPE_F16) x[i] = __uint_as_float(word << 16), x[i + 1] = __uint_as_float(word & 0xffff0000);
+      }
+    }
+  }
+
+  // Queries times the scale to shared memory, where sums will be: short code.
+  __device__ void load_queries() {
+    const int n = call_.head_dim_k;
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < kRows * n; i += kRawThreads) {
+      const int r = int(uint32_t(i) / uint32_t(n)), c = i - r * n;
+      float query = 0;
+      if (rows_.has(call_, r)) {
+        const int64_t token = rows_.sequence.begin + rows_.token(call_, r);
+        const int head = rows_.kv_head * call_.group + rows_.head_in_group(call_, r);
+        query =
+            load_element(call_.q.data, call_.q.type, token * call_.q.token_stride + head * call_.q.head_stride + c) *
+            call_.scale;
+      }
+      sums_[i] = query;
+    }
   }
 
   // Scores of the chunk's tokens, when it is copied; by all warps.
@@ -519,13 +552,10 @@ class RawPart {
     float query[kRows][kWide] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (!rows_.has(call_, r) || kWide * lane >= call_.head_dim_k) continue;
-      const int64_t token = rows_.sequence.begin + rows_.token(call_, r);
-      const int head = rows_.kv_head * call_.group + rows_.head_in_group(call_, r);
-      load_neighbours(call_.q.data, call_.q.type, call_.q.aligned != 0,
-                      token * call_.q.token_stride + head * call_.q.head_stride + kWide * lane, query[r]);
+      if (kWide * lane >= call_.head_dim_k) continue;
+      const auto own = reinterpret_cast<const Neighbours<float, kWide> *>(sums_ + r * call_.head_dim_k)[lane];
 #pragma unroll
-      for (int i = 0; i < kWide; ++i) query[r][i] *= call_.scale;
+      for (int i = 0; i < kWide; ++i) query[r][i] = own.of[i];
     }
     barrier_wait(&shared_.copied, parity);
 #pragma unroll 2
@@ -568,33 +598,29 @@ class RawPart {
   // Of row r: scores of the chunk become weights, and the state takes them in.
   template <class KeyOf>
   __device__ void softmax(int r, int lane, int tokens, KeyOf &&key_of) {
-    constexpr int kPerLane = kMostRawTokens / 32;
     const int head = rows_.kv_head * call_.group + rows_.head_in_group(call_, r);
     const bool exists = shared_.keys[r].low < shared_.keys[r].high;
     const float slope = exists && call_.alibi_slopes != nullptr ? call_.alibi_slopes[head] : 0.0f;
     const State before = shared_.states[r];
-    float x[kPerLane], max = before.max, sum = 0;
+    float max = before.max, sum = 0;
     unsigned seen = 0;  // bit i: the row sees token lane + 32 i
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int t = lane + 32 * i;
-      x[i] = 0;
-      if (t >= tokens || shared_.type[t] == kUnseen) continue;
+#pragma unroll 1
+    for (int t = lane; t < tokens; t += 32) {
+      if (shared_.type[t] == kUnseen) continue;
       const int32_t j = key_of(t);
       if (!sees(r, j)) continue;
-      seen |= 1u << i;
+      seen |= 1u << t / 32;
       float score = shared_.weights[t].of[r];
       if (call_.soft_cap > 0) score = call_.soft_cap * tanhf(score / call_.soft_cap);
-      score = __fmaf_rn(slope, float(int64_t{j} - shared_.positions[r]), score);
-      x[i] = score * kLog2E;
-      max = fmaxf(max, x[i]);
+      score = __fmaf_rn(slope, float(int64_t{j} - shared_.positions[r]), score) * kLog2E;
+      shared_.weights[t].of[r] = score;
+      max = fmaxf(max, score);
     }
     max = warp_max(max);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int t = lane + 32 * i;
-      const float weight = (seen >> i & 1) != 0 ? exp2f(x[i] - max) : 0.0f;
-      if (t < tokens) shared_.weights[t].of[r] = weight;
+#pragma unroll 1
+    for (int t = lane; t < tokens; t += 32) {
+      const float weight = (seen >> t / 32 & 1) != 0 ? exp2f(shared_.weights[t].of[r] - max) : 0.0f;
+      shared_.weights[t].of[r] = weight;
       sum += weight;
     }
     sum = warp_sum(sum);

@@ -3,6 +3,7 @@
 // and no table is made before.
 #pragma once
 
+#include "kernels/device/launch.cuh"
 #include "kernels/encode_any.cuh"
 
 namespace tqkv::cuda {
@@ -53,7 +54,9 @@ __global__ void __launch_bounds__(32 * kFewWarps) encode_few_kernel(const __grid
     uint32_t nibbles[kHeadDim / 8];
   };
   __shared__ Scratch scratch[kFewWarps];
+  __shared__ uint32_t touched[kFewWarps];
   grid_dependency_launch();
+  touch_parameter<kFewWarps>(call, touched);
   const VectorSide &v = call.side[blockIdx.y];
   const SideParams &side = v.side;
   Scratch &s = scratch[threadIdx.x / 32];

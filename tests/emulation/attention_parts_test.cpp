@@ -88,7 +88,7 @@ struct Case {
   int type = type_of(random);
   int num_seqs = is_long ? 1 : 1 + random.below(random.once_in(3) ? 100 : random.once_in(10) ? 700 : 6);
   int dim_k = random.one_of({16, 48, 64, 80, 128, 256}),
-      dim_v = is_long ? random.one_of({48, 64, 128}) : random.one_of({16, 48, 64, 80, 128, 256, 576});
+      dim_v = is_long ? random.one_of({48, 64, 128}) : random.one_of({16, 48, 64, 80, 128, 192, 256});
   int pack = random.one_of({1, 1, 2}), kv_heads = pack * (1 + random.below(2)),
       group = is_long ? random.one_of({1, 4}) : random.one_of({1, 1, 3, 4, 8, 12});
   bool fixed_split = random.once_in(3), has_exact = random.once_in(2), has_new = random.once_in(2);
