@@ -360,7 +360,7 @@ struct FixedK {
 
   // The scores of the tile's tokens.
   __device__ static void score(const AttentionCall &call, const uint8_t *codes, int g, int q,
-                               const uint32_t (&a)[kSteps][4], const int32_t (&bias)[4], int32_t (&c)[2][4]) {
+                               const uint32_t (&a)[kSteps][4], int32_t (&c)[2][4]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       Codes k;
@@ -370,7 +370,7 @@ struct FixedK {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         using Byte = std::conditional_t<kUniform, uint8_t, int8_t>;
-        if (s == 0) mma_m16n8k32<int8_t, Byte>(c[j], a[s], b[s], bias);
+        if (s == 0) mma_m16n8k32<int8_t, Byte>(c[j], a[s], b[s], {});
         if (s != 0) mma_m16n8k32<int8_t, Byte>(c[j], a[s], b[s], c[j]);
       }
     }
@@ -382,12 +382,12 @@ struct AnyK {
   static constexpr int kSteps = FixedK<4, kDim, false>::kSteps;
 
   __device__ static void score(const AttentionCall &call, const uint8_t *codes, int g, int q,
-                               const uint32_t (&a)[kSteps][4], const int32_t (&bias)[4], int32_t (&c)[2][4]) {
-    if (call.k_uniform != 0) return FixedK<2, kDim, true>::score(call, codes, g, q, a, bias, c);
-    if (call.k_bits == 2) return FixedK<2, kDim, false>::score(call, codes, g, q, a, bias, c);
-    if (call.k_bits == 3) return FixedK<3, kDim, false>::score(call, codes, g, q, a, bias, c);
-    if (call.k_bits == 4) return FixedK<4, kDim, false>::score(call, codes, g, q, a, bias, c);
-    FixedK<8, kDim, false>::score(call, codes, g, q, a, bias, c);
+                               const uint32_t (&a)[kSteps][4], int32_t (&c)[2][4]) {
+    if (call.k_uniform != 0) return FixedK<2, kDim, true>::score(call, codes, g, q, a, c);
+    if (call.k_bits == 2) return FixedK<2, kDim, false>::score(call, codes, g, q, a, c);
+    if (call.k_bits == 3) return FixedK<3, kDim, false>::score(call, codes, g, q, a, c);
+    if (call.k_bits == 4) return FixedK<4, kDim, false>::score(call, codes, g, q, a, c);
+    FixedK<8, kDim, false>::score(call, codes, g, q, a, c);
   }
 };
 
@@ -649,9 +649,7 @@ class WarpRows {
       a_[s][0] = word.x, a_[s][1] = word.y, a_[s][2] = word.z, a_[s][3] = word.w;
     }
     gain_ = __int_as_float(query.x), shifted_ = __int_as_float(query.y);
-    // Four registers, because a product takes them as a quad.
-    bias_[0] = query.z, bias_[1] = apart(query.z);
-    bias_[2] = query.w, bias_[3] = apart(query.w);
+    bias_ = 256 * uint32_t(query.z) + uint32_t(query.w);
   }
 
   // `number`: of the first tile.
@@ -763,12 +761,12 @@ class WarpRows {
     return row_sum(weights_ - uint32_t(steps_) * (4 * kTiles * kOne));
   }
 
-  // The scores of tokens 4 q .. 4 q + 3 of a tile, integers.
-  __device__ void score(const uint8_t *codes, int32_t (&scores)[4]) const {
+  // The scores of tokens 4 q .. 4 q + 3 of a tile without the bias, integers modulo 2^32.
+  __device__ void score(const uint8_t *codes, uint32_t (&scores)[4]) const {
     int32_t c[2][4];
-    K::score(call_, codes, g_, q_, a_, bias_, c);
+    K::score(call_, codes, g_, q_, a_, c);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) scores[i] = 256 * c[i >> 1][i & 1] + c[i >> 1][2 + (i & 1)];
+    for (int i = 0; i < 4; ++i) scores[i] = 256 * uint32_t(c[i >> 1][i & 1]) + uint32_t(c[i >> 1][2 + (i & 1)]);
   }
 
   __device__ void load_scales(const uint8_t *scales, int type, float (&scale)[4]) const {
@@ -784,13 +782,17 @@ class WarpRows {
 
   __device__ __forceinline__ void weigh(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
                                         int left, uint32_t (&words)[kTiles][2]) {
-    int32_t scores[kStepTiles][4];
-    score(codes, scores[0]);
-    score(codes + tile_bytes, scores[1]);
+    uint32_t parts[kStepTiles][4];
+    score(codes, parts[0]);
+    score(codes + tile_bytes, parts[1]);
     const bool upper = g_ >= 4;
-    if constexpr (kBlocks == 1) {
+    int32_t scores[kTiles][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[0][i] = upper ? scores[1][i] : scores[0][i];
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[t][i] = int32_t((kBlocks == 1 && upper ? parts[1][i] : parts[t][i]) + bias_);
+      }
     }
     float k_scale[kTiles][4], v_scale[kTiles][4], y[kTiles][4];  // y: log2 of the weight p
 #pragma unroll
@@ -1040,7 +1042,7 @@ class WarpRows {
 
   // The item's.
   uint32_t a_[K::kSteps][4];
-  int32_t bias_[4];
+  uint32_t bias_;  // of scores
   float gain_;
   int plain_end_;  // steps that end there or before need no adjusting
 

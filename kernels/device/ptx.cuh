@@ -7,12 +7,6 @@
 
 namespace tqkv::cuda {
 
-// The same value, of which the compiler does not know that it equals another: it stays in a register of its own.
-__device__ __forceinline__ int32_t apart(int32_t x) {
-  asm("" : "+r"(x));
-  return x;
-}
-
 // threadIdx.x, read again: what is computed from it needs no registers before.
 __device__ __forceinline__ int thread_index_now() {
   int index;
