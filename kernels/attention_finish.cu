@@ -108,13 +108,12 @@ struct Factors {
 
 // Partial results of the rows of a block.
 struct Partials {
-  const int32_t
-      *places;         // of each, an AttentionItem apart, two numbers that are equal where it has no tiles; null: those
-                       // of blocks that have units
+  // Of each, an AttentionItem apart, two numbers that are equal where it has no tiles. Null: blocks from first_block on have
+  // one each, with tiles if they have units.
+  const int32_t *places;
   int32_t first_slot;  // the others follow; -1: the first of the two numbers is the slot
-  int32_t count;
-  int32_t first_block;
-  bool all_have_tiles;
+  int32_t count, first_block;
+  bool all_have_tiles;  // known without looking
 
   // Of pages, or of k_new.
   __device__ Partials(const AttentionCall &call, const BlockRows &rows, bool of_new)
