@@ -19,7 +19,8 @@ TQ K4V4 + mean + win 128 + sink 4    bpv  4.125  KL mean 0.00040 p99 0.0039  fli
 """  # noqa: E501
 TESTS = """<testsuites><testsuite name="pytest"><testcase classname="tests.test_a" name="test_b[cuda]" time="1.5">
 <system-out>3 calls, error up to 1.0e-05
-/a/path</system-out></testcase><testcase classname="tests.test_a" name="test_c" time="0"><failure message="assert 1 &lt; 0&#10;/a/path">/a/path</failure></testcase></testsuite></testsuites>"""
+/a/path</system-out></testcase><testcase classname="tests.test_a" name="test_c" time="0">
+<failure message="assert 1 &lt; 0&#10;/a/path">/a/path</failure></testcase></testsuite></testsuites>"""
 
 
 def row(scheme: str, kl: float) -> dict:
