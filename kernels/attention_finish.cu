@@ -954,7 +954,9 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_
     work.chunk = take(size_t(work.chunk_tokens * token_bytes));
     work.raw = take(sizeof(float) * size_t(raw_rows * head_dim_v));
   }
-  work.sums = take(sizeof(float) * size_t(kFinishWarps * std::max(rows, raw_rows) * head_dim_v));
+  // First the queries of what is read raw, then sums.
+  work.sums = take(sizeof(float) *
+                   size_t(std::max(kFinishWarps * std::max(rows, raw_rows) * head_dim_v, raw_rows * head_dim_k)));
   work.added = take(sizeof(float) * size_t(with_new ? rows * head_dim_v : 0));
   work.bytes = uint32_t(at);
   work.rows = rows;
