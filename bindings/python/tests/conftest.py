@@ -35,7 +35,7 @@ def _missing(mark: str) -> str | None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     build = tqkv.build_info()
-    return [f"TQKV_TEST_SEED={SEED}", f"libtqkv {build.version} from {build.library_path}, CUDA: {build.cuda}"]
+    return [f"TQKV_TEST_SEED={SEED}", f"libtqkv {build.version} from {build.path}, CUDA: {build.cuda}"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

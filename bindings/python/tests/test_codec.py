@@ -252,7 +252,7 @@ def test_merge(codec, random):
 
 def test_library():
     build = tqkv.build_info()
-    assert build.abi_version == 1 and build.library_path == tqkv.library_path()
+    assert build.abi_version == 1 and build.path == tqkv.loaded_path()
     assert tqkv.device_count("cpu") == 1 and tqkv.device_count("cuda") >= 0
     assert tqkv.presets()["safe"] == (4, 4)
 

@@ -19,7 +19,7 @@ def run(name: str, *arguments: str) -> str:
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            "TQKV_LIBRARY": tqkv.library_path(),
+            "TQKV_LIBRARY": tqkv.loaded_path(),
         },
         capture_output=True,
         text=True,

@@ -29,7 +29,7 @@ from ._lib import (
     OutOfMemory,
     ParseError,
     TqError,
-    library_path,
+    loaded_path,
 )
 from ._plan import Plan, Recommendation, Validation, plan, recommend, validate
 
@@ -62,7 +62,7 @@ __all__ = [
     "Validation",
     "build_info",
     "device_count",
-    "library_path",
+    "loaded_path",
     "plan",
     "presets",
     "recommend",

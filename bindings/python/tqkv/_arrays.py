@@ -637,7 +637,7 @@ def array_library(name: str | None, device: Device) -> Library:
     return _made[key]
 
 
-def library_of(found: View, device: Device) -> Library:
+def array_library_of(found: View, device: Device) -> Library:
     """The library to allocate outputs with: that of an input where it can be."""
     if found.array_library == "torch" or (found.array_library == "cupy" and device[0] == "cuda"):
         return array_library(found.array_library, device)

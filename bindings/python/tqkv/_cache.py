@@ -482,7 +482,7 @@ class PagedCache:
             )
             check(functions.cache_store(self.codec.handle, ctypes.byref(args)))
             if key is not None:
-                batch._calls[key] = (args, _arrays.library_of(keep[0], self.codec.device_tuple), faults)
+                batch._calls[key] = (args, _arrays.array_library_of(keep[0], self.codec.device_tuple), faults)
         self._stored[layer] = True
 
     def load(

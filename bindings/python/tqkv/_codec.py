@@ -422,11 +422,11 @@ class Codec:
             return found.pointer, found.size * _arrays.ITEM_BYTES[found.dtype], found
         if needed == 0:
             return 0, 0, None
-        memory = _arrays.library_of(like, self.device_tuple).empty((needed,), "u8", stream)
+        memory = _arrays.array_library_of(like, self.device_tuple).empty((needed,), "u8", stream)
         return _arrays.view(memory, "workspace").pointer, needed, memory
 
     def _new_output(self, shape: tuple[int, ...], dtype: str, like: View, stream: int) -> Any:
-        library = _arrays.library_of(like, self.device_tuple)
+        library = _arrays.array_library_of(like, self.device_tuple)
         if library.name == "numpy" and dtype == "bf16" and getattr(like.owner, "dtype", None) == np.uint16:
             dtype = "u16"  # who brings bf16 as uint16 gets it so
         return library.empty(shape, dtype, stream)
@@ -881,7 +881,9 @@ class Codec:
         check(functions.attention_workspace(self.handle, ctypes.byref(args), ctypes.byref(size)))
         args.workspace, args.workspace_bytes, memory = self._workspace(size.value, workspace, query, on)
         keep.append(memory)
-        return BoundAttention(self, args, keep, q, out, lse, _arrays.library_of(query, device), stream is not None)
+        return BoundAttention(
+            self, args, keep, q, out, lse, _arrays.array_library_of(query, device), stream is not None
+        )
 
     def attention(self, q: Any, pages: Pages, block_table: Any = None, lengths: Any = None, **options: Any) -> Any:
         """Attention of q [tokens, q_heads, head_dim_k] over compressed pages; see tq_paged_attention for what each
@@ -1009,7 +1011,7 @@ class Build:
     simd_targets: str
     simd_target: str
     cuda: str
-    library_path: str
+    path: str
 
 
 def build_info() -> Build:
@@ -1023,7 +1025,7 @@ def build_info() -> Build:
         simd_targets=build.simd_targets.decode(),
         simd_target=build.simd_target.decode(),
         cuda=build.cuda.decode(),
-        library_path=_lib.library_path(),
+        path=_lib.loaded_path(),
     )
 
 

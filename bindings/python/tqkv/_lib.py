@@ -672,8 +672,8 @@ class _Functions:
 functions = _Functions()
 
 
-def library_path() -> str:
-    """The library in use."""
+def loaded_path() -> str:
+    """Where the library in use was loaded from."""
     _api()
     return _Loaded.path
 
