@@ -8,8 +8,13 @@
 // code once for all its rows, and there is no dense copy of the history outside of its few stages. Stages go round; whoever
 // makes them is ahead of those who read them, across items, too.
 //
-// ROWS. With kMany every consumer has 16 rows of its own and all keys of a stage; else all have the same 16 rows and a part
-// of the keys each, and what they have is added up at the end of an item.
+// ROWS. With kMany every consumer has 16 rows of its own and all keys of a stage, and four of them, a warpgroup, take their
+// products together by wgmma where the device has it; else all have the same 16 rows and a part of the keys each, and what
+// they have is added up at the end of an item.
+//
+// SHARED MEMORY. Of a matrix of rows, chunks of 8 channels of all rows follow each other: 8 rows by 8 channels are 128 bytes,
+// read by wgmma and by ldmatrix without bank conflicts, as keys by channels and, transposed, as channels by keys. 16 bytes
+// after a chunk's rows let neighbouring chunks of a row be written without them.
 //
 // NEW KEYS. Segments of k_new are read the same way. Queries of coded keys are rotated, those of raw ones are not, and so
 // with values: what is read of pages and of k_new goes to different segments, and "finish" brings them together.
@@ -36,7 +41,7 @@ namespace tqkv::cuda {
 inline constexpr int kWideSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr int kMakers = 4, kMakerThreads = 32 * kMakers;
 inline constexpr int kMostWideStages = 8;
-inline constexpr int kConsumerBarrier = 1, kMakerBarrier = 2;  // group_barrier()
+inline constexpr int kConsumerBarrier = 1, kWarpgroupBarrier = 2;  // group_barrier(); of the first warpgroup
 
 template <int kDimension, bool kManyRows>
 struct WideShape {
@@ -46,10 +51,19 @@ struct WideShape {
   static constexpr int kRowWarps = kMany ? kConsumers : 1, kKeyWarps = kMany ? 1 : kConsumers;
   static constexpr int kRows = 16 * kRowWarps;
   static constexpr int kKeys = kMany ? 64 : 16, kStageKeys = kKeys * kKeyWarps;  // of a warp, of a stage
-  static constexpr int kRowBytes = 2 * kDim, kSideBytes = kStageKeys * kRowBytes;
-  static_assert(kStageKeys <= kMakerThreads && kStageKeys % 32 == 0);
-  // Two parts of queries, or sums that warps have in common.
-  static constexpr int kQueryBytes = 2 * kRows * kRowBytes;
+  static constexpr int kChunkBytes = 16 * kStageKeys + 16, kSideBytes = kDim / 8 * kChunkBytes;
+  static constexpr int kMakerTiles = kStageKeys / 16 / kMakers;  // that a maker makes of a stage
+  static_assert(kMakerTiles * 16 * kMakers == kStageKeys);
+  // Two parts of queries, of a warpgroup or of all; or sums that warps have in common.
+  static constexpr int kQueryRows = kMany ? 64 : 16, kQueryGroups = kRows / kQueryRows;
+  static constexpr int kQueryChunkBytes = 16 * kQueryRows + 16, kQueryPartBytes = kDim / 8 * kQueryChunkBytes;
+  static constexpr int kQueryBytes = 2 * kQueryPartBytes * kQueryGroups;
+  static_assert(kMany || kQueryBytes >= 4 * kRows * kDim);
+};
+
+// Keys that every row of a warp sees, and those that some may see.
+struct RowRanges {
+  int32_t plain_low, plain_high, low, high;
 };
 
 // What of a stage is not rows.
@@ -61,20 +75,11 @@ struct alignas(16) StageKeys {
   float exponent[Shape::kStageKeys / 16];
 };
 
-// Where a stage comes from.
-template <class Shape>
-struct Places : StageKeys<Shape> {
-  const uint8_t *k[Shape::kStageKeys],
-      *v[Shape::kStageKeys];       // of a raw side the row, else the tile's codes; null: none
-  uint8_t row[Shape::kStageKeys];  // in the tile
-  int32_t is_new;
-};
-
 template <class Shape>
 struct WideShared {
   uint64_t full[kMostWideStages], empty[kMostWideStages];
   StageKeys<Shape> keys[kMostWideStages];
-  Places<Shape> places[2];
+  RowRanges ranges[Shape::kConsumers];
   float references[Shape::kKeyWarps][16], sums[16];
 };
 
@@ -128,84 +133,99 @@ __device__ inline const uint8_t *new_row(const Rows &rows, int64_t token, int he
   return static_cast<const uint8_t *>(rows.data) + 2 * (token * rows.token_stride + head * rows.head_stride);
 }
 
-// The block of a key of the next step, read a step before.
+// The block of a key of the maker's next tile, read a tile before.
 struct NextBlock {
   int32_t key = -1, id = 0;  // -1: none
 };
 
-// The places of the stage's keys, from `first` on; a thread a key.
-template <class Shape>
-__device__ __forceinline__ void find_places(const AttentionCall &call, const WideItem &wide, int first, NextBlock &next,
-                                            Places<Shape> &places) {
-  const int thread = int(threadIdx.x) % kMakerThreads;
-  if (thread >= Shape::kStageKeys) return;
+// Where the keys of a maker's tile are: lanes i and i + 16 have key i.
+struct KeyPlace {
+  const uint8_t *k, *v;  // of a raw side the row, and null where it is hidden; else the tile's codes, null: none
+  int32_t row;           // in the tile
+  float scale;           // of K in lanes 0 .. 15, of V in the others; 0 where hidden
+  uint32_t shown;        // bits of keys that are read here and that some row sees
+  bool is_new;
+};
+
+// The tile that begins with key `first`; its lane's next one begins with `next_first`.
+__device__ __forceinline__ KeyPlace find_place(const AttentionCall &call, const WideItem &wide, int first,
+                                               int next_first, NextBlock &next) {
   const Sequence &sequence = wide.sequence;
   const AttentionPool &pool = call.pool;
-  const int key = first + thread, kv_head = wide.item.head_pack;
-  const uint8_t *k = nullptr, *v = nullptr;
-  int row = key % kTileTokens;
-  float k_scale = 0, v_scale = 0;
+  const int lane = lane_index(), key = first + lane % kTileTokens, kv_head = wide.item.head_pack;
+  const bool of_k = lane < kTileTokens;
+  KeyPlace place{nullptr, nullptr, key % kTileTokens, 0, 0, wide.is_new != 0};
   const bool seen =
       key >= wide.low && key < wide.high && is_seen(call, wide, wide.is_new ? sequence.coded_length + key : key);
-  if (seen && wide.is_new) {
-    k = new_row(call.k_new, int64_t{sequence.begin} + key, kv_head);
-    v = new_row(call.v_new, int64_t{sequence.begin} + key, kv_head);
-    k_scale = v_scale = 1;
-  } else if (seen && !is_exact(call, sequence, key)) {
+  bool shown = false;
+  if (wide.is_new) {
+    if (seen) {
+      place.k = new_row(call.k_new, int64_t{sequence.begin} + key, kv_head);
+      place.v = new_row(call.v_new, int64_t{sequence.begin} + key, kv_head);
+      place.scale = 1;
+      shown = true;
+    }
+  } else if (first < wide.high && first + kTileTokens > wide.low && key < sequence.coded_length) {
+    const bool needed = seen && !is_exact(call, sequence, key);
     const uint32_t block = uint32_t(key) / uint32_t(pool.block_size),
                    in_block = uint32_t(key) % uint32_t(pool.block_size);
     const int32_t id = next.key == key ? next.id : sequence.table[block];
     if (id < 0 || id >= pool.num_blocks) {
-      atomicMax(&call.sequence_faults[wide.item.sequence], 1);
+      if (needed) atomicMax(&call.sequence_faults[wide.item.sequence], 1);
     } else {
       const uint8_t *tile = pool.base + kv_head * pool.head_stride;
       if (pool.block_size < kTileTokens) {
         const int64_t slot = int64_t{id} * pool.block_size + in_block;
         tile += slot / kTileTokens * pool.block_stride;
-        row = int(slot % kTileTokens);
+        place.row = int(slot % kTileTokens);
       } else {
         tile += id * pool.block_stride + in_block / kTileTokens * pool.tile_stride;
       }
-      k = tile, v = tile + pool.v_codes;
-      k_scale = v_scale = 1;
-      if (call.k_bits == kRawBits) {
-        k += row * call.head_dim_k * 2;
-      } else {
-        k_scale =
-            load_scale(call.k_scale_type, tile + pool.k_scales + row * (call.k_scale_type == TQ_TYPE_F32 ? 4 : 2));
-      }
-      if (call.v_bits == kRawBits) {
-        v += row * call.head_dim_v * 2;
-      } else {
-        v_scale =
-            load_scale(call.v_scale_type, tile + pool.v_scales + row * (call.v_scale_type == TQ_TYPE_F32 ? 4 : 2));
+      shown = needed;
+      // Codes of hidden keys may be anything, and are finite levels.
+      const bool raw_k = call.k_bits == kRawBits, raw_v = call.v_bits == kRawBits;
+      if (needed || !raw_k) place.k = tile + (raw_k ? place.row * call.head_dim_k * 2 : 0);
+      if (needed || !raw_v) place.v = tile + pool.v_codes + (raw_v ? place.row * call.head_dim_v * 2 : 0);
+      const int type = of_k ? call.k_scale_type : call.v_scale_type;
+      if (needed) {
+        place.scale = (of_k ? raw_k : raw_v) ? 1.0f
+                                             : load_scale(type, tile + (of_k ? pool.k_scales : pool.v_scales) +
+                                                                    place.row * (type == TQ_TYPE_F32 ? 4 : 2));
       }
     }
   }
+  place.shown = __ballot_sync(kAll, shown) & 0xffff;
   next.key = -1;
-  if (!wide.is_new && sequence.exact_table == nullptr && call.q_positions == nullptr &&
-      key + Shape::kStageKeys < wide.high && key + Shape::kStageKeys >= wide.low) {  // it is needed
-    next.key = key + Shape::kStageKeys;
-    next.id = sequence.table[uint32_t(next.key) / uint32_t(pool.block_size)];
+  if (!wide.is_new && sequence.exact_table == nullptr && call.q_positions == nullptr) {
+    const int next_key = next_first + lane % kTileTokens;
+    if (next_key >= wide.low && next_key < wide.high) {  // it is needed
+      next.key = next_key;
+      next.id = sequence.table[uint32_t(next_key) / uint32_t(pool.block_size)];
+    }
   }
-  places.k[thread] = k, places.v[thread] = v;
-  places.row[thread] = uint8_t(row);
-  places.k_scale[thread] = k_scale, places.v_scale[thread] = v_scale;
-  if (thread == 0) places.is_new = wide.is_new;
-  const unsigned shown = __ballot_sync(kAll, k != nullptr);
-  float most = v_scale;
-#pragma unroll
-  for (int lane = 1; lane < 16; lane *= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, lane));
-  if (thread % 16 == 0) {
-    places.shown[thread / 16] = shown >> (thread % 32) & 0xffff;
-    places.exponent[thread / 16] = float((__float_as_uint(most) >> 23 & 0xff)) - 126.0f;
+  return place;
+}
+
+__device__ __forceinline__ const uint8_t *pointer_of_lane(const uint8_t *pointer, int lane) {
+  return reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+// Calls body() with the number of bits of codes, 1 .. 4 or 8, as a constant.
+template <class Body>
+__device__ __forceinline__ void with_bits(int bits, Body &&body) {
+  switch (bits) {
+    case 1: body(std::integral_constant<int, 1>{}); break;
+    case 2: body(std::integral_constant<int, 2>{}); break;
+    case 3: body(std::integral_constant<int, 3>{}); break;
+    case 4: body(std::integral_constant<int, 4>{}); break;
+    default: body(std::integral_constant<int, 8>{});
   }
 }
 
-// A key's row in a stage: chunks of 16 bytes are exchanged so that ldmatrix and what writes here meet no bank twice.
+// Eight channels of a key in a stage.
 template <class Shape>
 __device__ __forceinline__ uint8_t *chunk_at(uint8_t *side, int key, int chunk) {
-  return side + key * Shape::kRowBytes + ((chunk ^ (key & 7)) << 4);
+  return side + chunk * Shape::kChunkBytes + 16 * key;
 }
 
 // Levels as f16 by their index (at 4 bits by magnitude): bytes 0 .. 7 of the low and of the high halves.
@@ -252,28 +272,25 @@ __device__ __forceinline__ uint4 expand_octet(const HalfTable &table, int bits, 
   return levels_of(table, nibbles, 0);
 }
 
-// Codes of K: a piece is 16 channels of a key.
+// Codes of K of a maker's tile: a piece is 16 channels of a key. Neighbouring lanes have different keys.
 template <class Shape>
 struct KeyCodes {
-  static constexpr int kUnits = Shape::kDim / 16;
-  static constexpr int kPieces = Shape::kStageKeys * kUnits / kMakerThreads;  // of a thread
-  uint32_t word[kPieces][4], ones[kPieces];
+  static constexpr int kUnits = Shape::kDim / 16, kPieces = kTileTokens * kUnits / 32;  // of a lane
+  uint32_t word[kPieces][4];  // at 1 and 3 bits the last is of the 1-bit plane
 
-  __device__ static int key_of(int i) {  // neighbours have different keys, whose chunks are in different banks
-    const int x = i * kMakerThreads + int(threadIdx.x) % kMakerThreads;
-    return x / (8 * kUnits) * 8 + x % 8;
-  }
-  __device__ static int unit_of(int i) { return (i * kMakerThreads + int(threadIdx.x) % kMakerThreads) / 8 % kUnits; }
+  __device__ static int key_of(int i) { return (4 * i + lane_index() / 8) / kUnits * 8 + lane_index() % 8; }
+  __device__ static int unit_of(int i) { return (4 * i + lane_index() / 8) % kUnits; }
 
-  __device__ __forceinline__ void load(const AttentionCall &call, const Places<Shape> &places) {
-    const int bits = call.k_bits, dim = call.head_dim_k;
+  template <int bits>
+  __device__ __forceinline__ void load(const AttentionCall &call, const KeyPlace &place) {
+    const int dim = call.head_dim_k;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int key = key_of(i), unit = unit_of(i);
-      const uint8_t *codes = places.k[key];
-      word[i][0] = word[i][1] = word[i][2] = word[i][3] = ones[i] = 0;
+      const uint8_t *codes = pointer_of_lane(place.k, key);
+      const int row = __shfl_sync(kAll, place.row, key);
+      word[i][0] = word[i][1] = word[i][2] = word[i][3] = 0;
       if (codes == nullptr || 16 * unit >= dim) continue;
-      const int row = places.row[key];
       if (bits == 4) {
         const uint2 v = *reinterpret_cast<const uint2 *>(codes + row * dim / 2 + 8 * unit);
         word[i][0] = v.x, word[i][1] = v.y;
@@ -284,16 +301,18 @@ struct KeyCodes {
         if (bits != 1) word[i][0] = *reinterpret_cast<const uint32_t *>(codes + row * dim / 4 + 4 * unit);
         if (bits != 2) {
           const uint8_t *plane = codes + (bits == 3 ? kTileTokens * dim / 4 : 0) + row * dim / 8 + (unit >> 1) * 4;
-          ones[i] = *reinterpret_cast<const uint16_t *>(plane);
-          if (16 * unit < (dim & ~31)) ones[i] |= uint32_t{*reinterpret_cast<const uint16_t *>(plane + 2)} << 16;
+          word[i][3] = *reinterpret_cast<const uint16_t *>(plane);
+          if (16 * unit < (dim & ~31)) word[i][3] |= uint32_t{*reinterpret_cast<const uint16_t *>(plane + 2)} << 16;
         }
       }
     }
   }
 
+  // `side`: of the tile's first key.
+  template <int bits>
   __device__ __forceinline__ void expand(const AttentionCall &call, uint8_t *side) const {
     const HalfTable table{{call.k_halves[0], call.k_halves[1]}, {call.k_halves[2], call.k_halves[3]}};
-    const int bits = call.k_bits, dim = call.head_dim_k;
+    const int dim = call.head_dim_k;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int key = key_of(i), unit = unit_of(i);
@@ -303,7 +322,7 @@ struct KeyCodes {
       for (int h = 0; h < 2; ++h) {
         const uint32_t first = bits == 8 ? word[i][2 * h] : bits == 4 ? word[i][h] : word[i][0];
         *reinterpret_cast<uint4 *>(chunk_at<Shape>(side, key, 2 * unit + h)) =
-            expand_octet(table, bits, first, word[i][2 * h + 1], ones[i], 2 * unit + h, half);
+            expand_octet(table, bits, first, word[i][2 * h + 1], word[i][3], 2 * unit + h, half);
       }
     }
   }
@@ -320,75 +339,69 @@ __device__ __forceinline__ uint32_t word_of(uint4 words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
-// Codes of V: a piece is 8 channels of four keys.
+// Codes of V of a maker's tile: a piece is 8 channels of four keys. Neighbouring lanes have different channels.
 template <class Shape>
 struct ValueCodes {
-  static constexpr int kOctets = Shape::kDim / 8;
-  static constexpr int kPieces = Shape::kStageKeys / 4 * kOctets / kMakerThreads;
+  static constexpr int kPieces = Shape::kDim / 64;
   uint4 first[kPieces], second[kPieces];  // words of planes; bytes of a word are tokens
 
-  __device__ static int octet_of(int i) { return (i * kMakerThreads + int(threadIdx.x) % kMakerThreads) % kOctets; }
-  __device__ static int key_of(int i) { return (i * kMakerThreads + int(threadIdx.x) % kMakerThreads) / kOctets * 4; }
+  __device__ static int octet_of(int i) { return 8 * i + lane_index() % 8; }
+  __device__ static int first_key() { return lane_index() / 8 * 4; }
 
-  // Bytes 4 `word` .. of four keys, of a plane of `bytes` bytes at `plane` from the tile's codes on.
-  __device__ __forceinline__ static uint4 load_word(const AttentionCall &call, const Places<Shape> &places, int key,
-                                                    int plane, int bytes, int word) {
-    const int word_bytes = bytes - 4 * word < 4 ? 2 : 4;
-    if (call.pool.block_size >= 4) {  // they are neighbours
-      const uint8_t *codes = nullptr;
-#pragma unroll
-      for (int i = 3; i >= 0; --i) codes = places.v[key + i] != nullptr ? places.v[key + i] : codes;
-      if (codes == nullptr) return make_uint4(0, 0, 0, 0);
-      // Rows of keys that are not read follow the others', too, but their places are not known.
-      int row = 0;
-#pragma unroll
-      for (int i = 3; i >= 0; --i) row = places.v[key + i] != nullptr ? places.row[key + i] : row;
-      const uint8_t *at = codes + plane + 64 * word + 4 * word_bytes * (row >> 2);
-      if (word_bytes == 4) return *reinterpret_cast<const uint4 *>(at);
-      const uint2 half = *reinterpret_cast<const uint2 *>(at);
-      return make_uint4(half.x, half.y, 0, 0);
-    }
-    uint32_t result[4] = {0, 0, 0, 0};
-#pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-      const uint8_t *codes = places.v[key + i];
-      if (codes == nullptr) continue;
-      const uint8_t *at = codes + plane + v_plane_offset(bytes, 4 * word, places.row[key + i]);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (e < word_bytes) result[e] |= uint32_t{at[4 * e]} << (8 * i);
+  template <int bits>
+  __device__ __forceinline__ void load(const AttentionCall &call, const KeyPlace &place) {
+    const int dim = call.head_dim_v;
+    const uint8_t *codes = pointer_of_lane(place.v, first_key());
+    const int row = __shfl_sync(kAll, place.row, first_key());
+    const bool together = call.pool.block_size >= 4;  // the four keys are neighbours
+    // Bytes 4 `word` .. of the keys, of a plane of `bytes` bytes at `plane` from the tile's codes on.
+    const auto load_word = [&](int plane, int bytes, int word) {
+      const int word_bytes = bytes - 4 * word < 4 ? 2 : 4;
+      if (together) {
+        const uint8_t *at = codes + plane + 64 * word + 4 * word_bytes * (row >> 2);
+        if (codes == nullptr || bytes <= 4 * word) return make_uint4(0, 0, 0, 0);
+        if (word_bytes == 4) return *reinterpret_cast<const uint4 *>(at);
+        const uint2 half = *reinterpret_cast<const uint2 *>(at);
+        return make_uint4(half.x, half.y, 0, 0);
       }
-    }
-    return make_uint4(result[0], result[1], result[2], result[3]);
-  }
-
-  __device__ __forceinline__ void load(const AttentionCall &call, const Places<Shape> &places) {
-    const int bits = call.v_bits, dim = call.head_dim_v;
+      uint32_t result[4] = {0, 0, 0, 0};
+#pragma unroll 1
+      for (int i = 0; i < 4; ++i) {
+        const uint8_t *of_key = pointer_of_lane(place.v, first_key() + i);
+        const int its_row = __shfl_sync(kAll, place.row, first_key() + i);
+        if (of_key == nullptr || bytes <= 4 * word) continue;
+        const uint8_t *at = of_key + plane + v_plane_offset(bytes, 4 * word, its_row);
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int key = key_of(i), octet = octet_of(i);
-      first[i] = second[i] = make_uint4(0, 0, 0, 0);
-      if (8 * octet >= dim) continue;
-      if (bits == 4) {
-        first[i] = load_word(call, places, key, 0, dim / 2, octet);
-      } else if (bits == 8) {
-        first[i] = load_word(call, places, key, 0, dim, 2 * octet);
-        second[i] = load_word(call, places, key, 0, dim, 2 * octet + 1);
-      } else {
-        if (bits != 1) first[i] = load_word(call, places, key, 0, dim / 4, octet >> 1);
-        if (bits != 2) {
-          second[i] = load_word(call, places, key, bits == 3 ? kTileTokens * dim / 4 : 0, dim / 8, octet >> 2);
+        for (int e = 0; e < 4; ++e) {
+          if (e < word_bytes) result[e] |= uint32_t{at[4 * e]} << (8 * i);
         }
       }
+      return make_uint4(result[0], result[1], result[2], result[3]);
+    };
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int octet = octet_of(i);
+      first[i] = second[i] = make_uint4(0, 0, 0, 0);
+      if (bits == 4) {
+        first[i] = load_word(0, dim / 2, octet);
+      } else if (bits == 8) {
+        first[i] = load_word(0, dim, 2 * octet);
+        second[i] = load_word(0, dim, 2 * octet + 1);
+      } else {
+        if (bits != 1) first[i] = load_word(0, dim / 4, octet >> 1);
+        if (bits != 2) second[i] = load_word(bits == 3 ? kTileTokens * dim / 4 : 0, dim / 8, octet >> 2);
+      }
     }
   }
 
+  // `side`: of the tile's first key.
+  template <int bits>
   __device__ __forceinline__ void expand(const AttentionCall &call, uint8_t *side) const {
     const HalfTable table{{call.v_halves[0], call.v_halves[1]}, {call.v_halves[2], call.v_halves[3]}};
-    const int bits = call.v_bits, dim = call.head_dim_v;
+    const int dim = call.head_dim_v;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int key = key_of(i), octet = octet_of(i);
+      const int key = first_key(), octet = octet_of(i);
       if (8 * octet >= dim) continue;
       const bool half = 8 * octet >= (dim & ~31);
       const uint4 words = tokens_of(first[i]);
@@ -403,16 +416,15 @@ struct ValueCodes {
   }
 };
 
-// Rows of 16-bit numbers. Keys without a place become zeros.
+// Rows of 16-bit numbers, of lanes 0 .. 15. Keys without a place become zeros.
 template <class Shape>
-__device__ __forceinline__ void copy_rows(const uint8_t *const (&places)[Shape::kStageKeys], int dim, bool aligned,
-                                          uint8_t *side) {
+__device__ __forceinline__ void copy_rows(const uint8_t *row, int dim, bool aligned, uint8_t *side) {
   constexpr int kChunks = Shape::kDim / 8;
 #pragma unroll 4
-  for (int i = 0; i < Shape::kStageKeys * kChunks / kMakerThreads; ++i) {
-    const int x = i * kMakerThreads + int(threadIdx.x) % kMakerThreads, key = x / kChunks, chunk = x % kChunks;
+  for (int i = 0; i < kTileTokens * kChunks / 32; ++i) {
+    const int x = 32 * i + lane_index(), key = x / kChunks, chunk = x % kChunks;
+    const uint8_t *from = pointer_of_lane(row, key);
     if (8 * chunk >= dim) continue;
-    const uint8_t *from = places[key];
     uint8_t *to = chunk_at<Shape>(side, key, chunk);
     if (aligned) {
       async_copy(to, from != nullptr ? from + 16 * chunk : to, from == nullptr);
@@ -426,74 +438,108 @@ __device__ __forceinline__ void copy_rows(const uint8_t *const (&places)[Shape::
   }
 }
 
-// The steps of a block's items, one after the other.
-struct Steps {
-  BlockItems block;
-  int32_t next = 0;  // slot after the item's
-  int step = 0, count = 0;
-  WideItem wide;
-  NextBlock next_block;
+// The tiles that a maker makes for a block's items, one after the other: kMakerTiles of every step.
+template <class Shape>
+class MakerTiles {
+ public:
+  __device__ MakerTiles(const AttentionCall &call, int maker)
+      : call_(call), maker_(maker), block_(call.block_items[blockIdx.x]), next_slot_(block_.first) {}
 
-  template <class Shape>
-  __device__ bool advance(const AttentionCall &call) {
-    ++step;
-    while (step >= count) {
-      if (next >= block.first + block.count) return false;
-      next_block.key = -1;
-      if (read_item(call, next++, int32_t(blockIdx.x), wide)) step = 0, count = wide.steps(Shape::kStageKeys);
+  // The next one; false: there is none.
+  __device__ __forceinline__ bool find(KeyPlace &place) {
+    if (++tile_ >= count_) {
+      tile_ = count_ = 0;
+      next_.key = -1;
+      while (count_ == 0) {
+        if (next_slot_ >= block_.first + block_.count) return false;
+        if (read_item(call_, next_slot_++, int32_t(blockIdx.x), wide_)) {
+          count_ = wide_.steps(Shape::kStageKeys) * Shape::kMakerTiles;
+        }
+      }
     }
+    place = find_place(call_, wide_, first_key(tile_), first_key(tile_ + 1), next_);
     return true;
   }
-  template <class Shape>
-  __device__ int first_key() const {
-    return wide.item.first_tile * kTileTokens + step * Shape::kStageKeys;
+
+ private:
+  __device__ int first_key(int tile) const {
+    return (wide_.item.first_tile + tile * kMakers + maker_) * kTileTokens;
+  }
+
+  const AttentionCall &call_;
+  const int maker_;
+  const BlockItems block_;
+  int32_t next_slot_;
+  int tile_ = 0, count_ = 0;
+  WideItem wide_;
+  NextBlock next_;
+};
+
+// A tile in registers of its maker.
+template <class Shape>
+struct TileCodes {
+  KeyPlace place;
+  KeyCodes<Shape> keys;
+  ValueCodes<Shape> values;
+
+  __device__ __forceinline__ void load(const AttentionCall &call) {
+    if (place.is_new) return;
+    if (call.k_bits != kRawBits) with_bits(call.k_bits, [&](auto bits) { keys.template load<bits>(call, place); });
+    if (call.v_bits != kRawBits) with_bits(call.v_bits, [&](auto bits) { values.template load<bits>(call, place); });
+  }
+
+  // `first`: the number of the tile's first key in the stage.
+  __device__ __forceinline__ void expand(const AttentionCall &call, int first, StageKeys<Shape> &described,
+                                         uint8_t *k_side, uint8_t *v_side) const {
+    const int lane = lane_index();
+    float most = place.scale;
+#pragma unroll
+    for (int step = 1; step < kTileTokens; step *= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, step));
+    (lane < kTileTokens ? described.k_scale : described.v_scale)[first + lane % kTileTokens] = place.scale;
+    if (lane == kTileTokens) {
+      described.shown[first / kTileTokens] = place.shown;
+      described.exponent[first / kTileTokens] = float((__float_as_uint(most) >> 23 & 0xff)) - 126.0f;
+    }
+    k_side += 16 * first, v_side += 16 * first;
+    if (place.is_new || call.k_bits == kRawBits) {
+      copy_rows<Shape>(place.k, call.head_dim_k, !place.is_new || call.k_new.aligned != 0, k_side);
+    } else {
+      with_bits(call.k_bits, [&](auto bits) { keys.template expand<bits>(call, k_side); });
+    }
+    if (place.is_new || call.v_bits == kRawBits) {
+      copy_rows<Shape>(place.v, call.head_dim_v, !place.is_new || call.v_new.aligned != 0, v_side);
+    } else {
+      with_bits(call.v_bits, [&](auto bits) { values.template expand<bits>(call, v_side); });
+    }
   }
 };
 
+// Codes are loaded a tile before they are expanded, and a block's id a tile before that: nothing here waits for memory.
 template <class Shape>
 __device__ __forceinline__ void make_stages(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
                                             WideShared<Shape> &shared) {
-  const int thread = int(threadIdx.x) % kMakerThreads;
-  Steps steps;
-  steps.block = call.block_items[blockIdx.x];
-  steps.next = steps.block.first;
-  int stage = 0, buffer = 0;
+  const int maker = int(threadIdx.x) / 32 - Shape::kConsumers;
+  MakerTiles<Shape> tiles(call, maker);
+  int stage = 0, in_stage = 0;
   uint32_t parity = 0;
-  bool more = steps.advance<Shape>(call);
-  if (more) find_places<Shape>(call, steps.wide, steps.first_key<Shape>(), steps.next_block, shared.places[0]);
-  group_barrier(kMakerBarrier, kMakerThreads);
+  TileCodes<Shape> codes;
+  bool more = tiles.find(codes.place);
+  if (more) codes.load(call);
 #pragma unroll 1
   while (more) {
-    const Places<Shape> &places = shared.places[buffer];
-    const bool is_new = places.is_new != 0, raw_k = is_new || call.k_bits == kRawBits,
-               raw_v = is_new || call.v_bits == kRawBits;
-    KeyCodes<Shape> keys;
-    ValueCodes<Shape> values;
-    if (!raw_k) keys.load(call, places);
-    if (!raw_v) values.load(call, places);
-    more = steps.advance<Shape>(call);
-    if (more) {
-      find_places<Shape>(call, steps.wide, steps.first_key<Shape>(), steps.next_block, shared.places[buffer ^ 1]);
-    }
+    TileCodes<Shape> next;
+    more = tiles.find(next.place);
+    if (more) next.load(call);
     barrier_wait(&shared.empty[stage], parity ^ 1);
-    uint8_t *k_side = stages + stage * 2 * Shape::kSideBytes, *v_side = k_side + Shape::kSideBytes;
-    if (raw_k) copy_rows<Shape>(places.k, call.head_dim_k, !is_new || call.k_new.aligned != 0, k_side);
-    if (raw_v) copy_rows<Shape>(places.v, call.head_dim_v, !is_new || call.v_new.aligned != 0, v_side);
-    StageKeys<Shape> &described = shared.keys[stage];
-    if (thread < Shape::kStageKeys) {
-      described.k_scale[thread] = places.k_scale[thread];
-      described.v_scale[thread] = places.v_scale[thread];
-      if (thread < Shape::kStageKeys / 16) {
-        described.shown[thread] = places.shown[thread];
-        described.exponent[thread] = places.exponent[thread];
-      }
-    }
-    if (!raw_k) keys.expand(call, k_side);
-    if (!raw_v) values.expand(call, v_side);
+    uint8_t *k_side = stages + stage * 2 * Shape::kSideBytes;
+    codes.expand(call, (in_stage * kMakers + maker) * kTileTokens, shared.keys[stage], k_side,
+                 k_side + Shape::kSideBytes);
+    codes = next;
+    if (++in_stage < Shape::kMakerTiles) continue;
+    if constexpr (Shape::kMany && kHasWgmma) wgmma_memory_fence();
     barrier_arrive(&shared.full[stage]);
     barrier_arrive_copied(&shared.full[stage]);
-    group_barrier(kMakerBarrier, kMakerThreads);  // the places are read, and those of the next step are there
-    buffer ^= 1;
+    in_stage = 0;
     if (++stage == memory.stages) stage = 0, parity ^= 1;
   }
 }
@@ -505,8 +551,9 @@ template <class Shape>
 class WideRows {
  public:
   static constexpr int kKeyTiles = Shape::kKeys / 8, kValueTiles = Shape::kDim / 8;
+  static constexpr bool kWarpgroup = Shape::kMany && kHasWgmma;
 
-  // `queries`: of the warp, in shared memory.
+  // `queries`: of the warp's warpgroup, or of all, in shared memory.
   __device__ WideRows(const AttentionCall &call, uint8_t *queries)
       : call_(call), queries_(queries), lane_(lane_index()), g_(lane_ / 4), q_(lane_ % 4) {}
 
@@ -515,6 +562,7 @@ class WideRows {
     is_new_ = wide.is_new != 0;
     k_bf16_ = (is_new_ ? call_.q.type : call_.query_type) == TQ_TYPE_BF16;
     v_raw_ = is_new_ || call_.v_bits == kRawBits;
+    copied_ = v_raw_ || call_.k_bits == kRawBits;
     v_bf16_ = v_raw_ && (is_new_ ? call_.v_new.type : call_.raw_type) == TQ_TYPE_BF16;
     query_parts_ = is_new_ ? 1 : call_.query_parts;
     adjusted_ = call_.soft_cap > 0 || call_.alibi_slopes != nullptr;
@@ -554,8 +602,7 @@ class WideRows {
       low = min(low, __shfl_xor_sync(kAll, low, lane));
       high = max(high, __shfl_xor_sync(kAll, high, lane));
     }
-    plain_low_ = plain_low, plain_high_ = plain_high;
-    some_low_ = low, some_high_ = high;
+    ranges_ = {plain_low, plain_high, low, high};
 #pragma unroll
     for (int n = 0; n < kValueTiles; ++n) {
 #pragma unroll
@@ -563,7 +610,21 @@ class WideRows {
     }
   }
 
-  // Copies rows [first, end) of a segment's first rows to shared memory, from `first_row` of the segment on.
+  __device__ const RowRanges &ranges() const { return ranges_; }
+
+  // Of now on ranges are those of all rows of the warpgroup, whose warps have these.
+  __device__ void join(const RowRanges *of_warps) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const RowRanges other = of_warps[i];
+      ranges_.plain_low = max(ranges_.plain_low, other.plain_low);
+      ranges_.plain_high = min(ranges_.plain_high, other.plain_high);
+      ranges_.low = min(ranges_.low, other.low);
+      ranges_.high = max(ranges_.high, other.high);
+    }
+  }
+
+  // Copies rows [first, end) of those in shared memory, which are the segment's from `first_row` on.
   __device__ void load_queries(const WideItem &wide, int first_row, int first, int end) {
     constexpr int chunks = Shape::kDim / 8;
     const int parts = query_parts_, part_bytes = 2 * call_.head_dim_k;
@@ -581,21 +642,26 @@ class WideRows {
             int64_t{wide.sequence.begin + token} * call_.q_heads + wide.item.head_pack * call_.group + in_group;
         value = *reinterpret_cast<const uint4 *>(from + (at * parts + part) * part_bytes + 16 * chunk);
       }
-      *reinterpret_cast<uint4 *>(chunk_at<Shape>(queries_ + part * 16 * Shape::kRowBytes, row, chunk)) = value;
+      *reinterpret_cast<uint4 *>(queries_ + part * Shape::kQueryPartBytes + chunk * Shape::kQueryChunkBytes + 16 * row) =
+          value;
     }
   }
 
-  // The warp's keys of a stage: rows of K and V, from key `first` of the item's on, and what is known of them.
+  // The warp's keys of a stage, from key `first` of the item's on: sides of K and V from the first of them on, and what is
+  // known of them. Warps of a warpgroup come here together.
   __device__ void step(const uint8_t *k_side, const uint8_t *v_side, const StageKeys<Shape> &keys, int in_stage,
                        int first) {
+    if (first >= ranges_.high || first + Shape::kKeys <= ranges_.low) return;
     float s[kKeyTiles][4];
-    const uint32_t k = shared_address(k_side) + uint32_t(in_stage * Shape::kRowBytes);
+    const uint32_t k = shared_address(k_side), v = shared_address(v_side);
+    if (kWarpgroup && copied_) wgmma_memory_fence();
     if (k_bf16_) {
       score<true>(k, s);
     } else {
       score<false>(k, s);
     }
-    const bool all = first >= plain_low_ && first + Shape::kKeys <= plain_high_ && all_shown(keys, in_stage);
+    const bool all =
+        first >= ranges_.plain_low && first + Shape::kKeys <= ranges_.plain_high && all_shown(keys, in_stage);
     uint32_t seen = ~0u;  // bit 4 n + i of s[n][i]
     float scale[2];
     if (all && !adjusted_) {
@@ -604,7 +670,6 @@ class WideRows {
       seen = adjust(keys, in_stage, first, s);
       scale[0] = scale[1] = 1;
     }
-    const uint32_t v = shared_address(v_side) + uint32_t(in_stage * Shape::kRowBytes);
     if (v_bf16_) {
       if (all) {
         add<true, true>(v, keys, in_stage, s, scale, seen);
@@ -639,27 +704,52 @@ class WideRows {
 
   template <bool kBf16>
   __device__ __forceinline__ void score(uint32_t k, float (&s)[kKeyTiles][4]) const {
+    const uint32_t queries = shared_address(queries_);
+    if constexpr (kWarpgroup) {
+      float(&sums)[4 * kKeyTiles] = reinterpret_cast<float(&)[4 * kKeyTiles]>(s);
+      constexpr int kQueryStep = 2 * Shape::kQueryChunkBytes, kStep = 2 * Shape::kChunkBytes;  // 16 channels
+      const uint64_t a = wgmma_descriptor(queries, Shape::kQueryChunkBytes, 128);
+      const uint64_t b = wgmma_descriptor(k, Shape::kChunkBytes, 128);
+      wgmma_fence();
+      wgmma_m64n64k16_shared<kBf16, true>(sums, a, b);
 #pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) {
+      for (int c = 1; c < Shape::kDim / 16; ++c) {
+        wgmma_m64n64k16_shared<kBf16, false>(sums, a + c * kQueryStep / 16, b + c * kStep / 16);
+      }
+      wgmma_commit();
+      wgmma_wait<0>(sums);
+      if (query_parts_ == 2) {
+        wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = 0;
-    }
-    const uint32_t k_lane = k + uint32_t((lane_ / 16 * 8 + lane_ % 8) * Shape::kRowBytes);
-    const uint32_t k_swizzle = uint32_t((lane_ / 8 % 2) ^ (lane_ % 8)) << 4;
-    uint32_t q_lane = shared_address(queries_) + uint32_t(lane_ % 16 * Shape::kRowBytes);
-    const uint32_t q_swizzle = uint32_t((lane_ / 16) ^ (lane_ % 8)) << 4;
+        for (int c = 0; c < Shape::kDim / 16; ++c) {
+          wgmma_m64n64k16_shared<kBf16, false>(sums, a + (Shape::kQueryPartBytes + c * kQueryStep) / 16,
+                                               b + c * kStep / 16);
+        }
+        wgmma_commit();
+        wgmma_wait<0>(sums);
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[n][i] = 0;
+      }
+      const uint32_t k_lane = k + uint32_t(lane_ / 8 % 2 * Shape::kChunkBytes + (lane_ / 16 * 8 + lane_ % 8) * 16);
+      const int warp_row = Shape::kMany ? int(threadIdx.x) / 32 % 4 * 16 : 0;
+      uint32_t q_lane = queries + uint32_t(lane_ / 16 * Shape::kQueryChunkBytes + (warp_row + lane_ % 16) * 16);
 #pragma unroll 1
-    for (int part = 0; part < query_parts_; ++part, q_lane += 16 * Shape::kRowBytes) {
+      for (int part = 0; part < query_parts_; ++part, q_lane += Shape::kQueryPartBytes) {
 #pragma unroll
-      for (int c = 0; c < Shape::kDim / 16; ++c) {
-        uint32_t a[4];
-        load_matrices(a, q_lane + (uint32_t(32 * c) ^ q_swizzle));
+        for (int c = 0; c < Shape::kDim / 16; ++c) {
+          uint32_t a[4];
+          load_matrices(a, q_lane + uint32_t(2 * c * Shape::kQueryChunkBytes));
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; n += 2) {
-          uint32_t b[4];
-          load_matrices(b, k_lane + uint32_t(8 * n * Shape::kRowBytes) + (uint32_t(32 * c) ^ k_swizzle));
-          mma_add_m16n8k16<kBf16>(s[n], a, b[0], b[1]);
-          mma_add_m16n8k16<kBf16>(s[n + 1], a, b[2], b[3]);
+          for (int n = 0; n < kKeyTiles; n += 2) {
+            uint32_t b[4];
+            load_matrices(b, k_lane + uint32_t(2 * c * Shape::kChunkBytes + 128 * n));
+            mma_add_m16n8k16<kBf16>(s[n], a, b[0], b[1]);
+            mma_add_m16n8k16<kBf16>(s[n + 1], a, b[2], b[3]);
+          }
         }
       }
     }
@@ -784,92 +874,167 @@ class WideRows {
     return seen;
   }
 
-  // Adds weights times values. Where some rows do not see some keys, a raw value that is no finite number makes outputs NaN
-  // of rows that see it, and no others: it is taken out of the product, and counted by a product of ones.
+  // Weights of keys 16 m .. 16 m + 15, in the order of an operand.
+  template <bool kPlain>
+  __device__ __forceinline__ void weigh_keys(const StageKeys<Shape> &keys, int in_stage, const float (&s)[kKeyTiles][4],
+                                             const float (&scale)[2], const float (&reference)[2], uint32_t seen, int m,
+                                             float (&w)[8], bool summed = true) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float2 v_scale = scales_of(keys.v_scale, in_stage, 2 * m + j, q_);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float p = exp2_approx(__fmaf_rn(s[2 * m + j][i], scale[i / 2], reference[i / 2]));
+        if (summed) sum_[i / 2] += p;
+        w[4 * j + i] = p * (i % 2 == 0 ? v_scale.x : v_scale.y);
+        if (!kPlain && (seen >> (4 * (2 * m + j) + i) & 1) == 0) w[4 * j + i] = 0;  // the scale may be anything
+      }
+    }
+  }
+
+  template <bool kBf16>
+  __device__ __forceinline__ static uint32_t pack(float low, float high) {
+    return kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
+  }
+
+  // What packing left of two numbers.
+  template <bool kBf16>
+  __device__ __forceinline__ static uint32_t pack_rest(float low, float high, uint32_t packed) {
+    float packed_low, packed_high;
+    if (kBf16) {
+      packed_low = __uint_as_float(packed << 16), packed_high = __uint_as_float(packed & 0xffff0000);
+    } else {
+      f32_pair_from_f16(packed, packed_low, packed_high);
+    }
+    return pack<kBf16>(low - packed_low, high - packed_high);
+  }
+
+  // Adds weights times values.
   template <bool kBf16, bool kPlain>
   __device__ __forceinline__ void add(uint32_t v, const StageKeys<Shape> &keys, int in_stage,
                                       const float (&s)[kKeyTiles][4], const float (&scale)[2], uint32_t seen) {
-    constexpr uint32_t kOnes = kBf16 ? 0x3f803f80 : 0x3c003c00, kExponent = kBf16 ? 0x7f80 : 0x7c00;
-    const uint32_t v_lane = v + uint32_t(lane_ % 16 * Shape::kRowBytes);
-    const uint32_t v_swizzle = uint32_t((lane_ / 16) ^ (lane_ % 8)) << 4;
     float reference[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) reference[i] = reference_[i] == -INFINITY ? 0.0f : -reference_[i];
     const int parts = kBf16 ? 2 : call_.weight_parts;
+    if constexpr (kWarpgroup && kPlain) {
+      add_together<kBf16, kPlain>(v, keys, in_stage, s, scale, reference, seen, parts);
+    } else if (kWarpgroup && !v_raw_) {
+      add_together<kBf16, kPlain>(v, keys, in_stage, s, scale, reference, seen, parts);
+    } else {
+      add_alone<kBf16, kPlain>(v, keys, in_stage, s, scale, reference, seen, parts);
+    }
+  }
+
+  // By the warp.
+  template <bool kBf16, bool kPlain>
+  __device__ __forceinline__ void add_alone(uint32_t v, const StageKeys<Shape> &keys, int in_stage,
+                                            const float (&s)[kKeyTiles][4], const float (&scale)[2],
+                                            const float (&reference)[2], uint32_t seen, int parts) {
 #pragma unroll
     for (int m = 0; m < kKeyTiles / 2; ++m) {
       float w[8];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float2 v_scale = scales_of(keys.v_scale, in_stage, 2 * m + j, q_);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float p = exp2_approx(__fmaf_rn(s[2 * m + j][i], scale[i / 2], reference[i / 2]));
-          sum_[i / 2] += p;
-          w[4 * j + i] = p * (i % 2 == 0 ? v_scale.x : v_scale.y);
-          if (!kPlain && (seen >> (4 * (2 * m + j) + i) & 1) == 0) w[4 * j + i] = 0;  // the scale may be anything
-        }
-      }
+      weigh_keys<kPlain>(keys, in_stage, s, scale, reference, seen, m, w);
       uint32_t a[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = kBf16 ? pack_bf16(w[2 * i], w[2 * i + 1]) : pack_f16(w[2 * i], w[2 * i + 1]);
+      for (int i = 0; i < 4; ++i) a[i] = pack<kBf16>(w[2 * i], w[2 * i + 1]);
 #pragma unroll 1
       for (int part = 0; part < parts; ++part) {
         if (part == 1) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float low, high;
-            if (kBf16) {
-              low = __uint_as_float(a[i] << 16), high = __uint_as_float(a[i] & 0xffff0000);
-            } else {
-              f32_pair_from_f16(a[i], low, high);
-            }
-            low = w[2 * i] - low, high = w[2 * i + 1] - high;
-            a[i] = kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
-          }
+          for (int i = 0; i < 4; ++i) a[i] = pack_rest<kBf16>(w[2 * i], w[2 * i + 1], a[i]);
         }
-        constexpr int kChunks = Shape::kDim / 16;
-        uint32_t loaded[2][4];  // of this step and of the next
-        const uint32_t v_rows = v_lane + uint32_t(16 * m * Shape::kRowBytes);
-        load_matrices_transposed(loaded[0], v_rows + v_swizzle);
+        multiply<kBf16, kPlain>(a, v, m, seen);
+      }
+    }
+  }
+
+  // By the warpgroup.
+  template <bool kBf16, bool kPlain>
+  __device__ __forceinline__ void add_together(uint32_t v, const StageKeys<Shape> &keys, int in_stage,
+                                               const float (&s)[kKeyTiles][4], const float (&scale)[2],
+                                               const float (&reference)[2], uint32_t seen, int parts) {
+    uint32_t a[kKeyTiles / 2][4];
 #pragma unroll
-        for (int c = 0; c < kChunks; ++c) {
-          uint32_t(&b)[4] = loaded[c % 2];
-          if (c + 1 < kChunks) {
-            load_matrices_transposed(loaded[(c + 1) % 2], v_rows + (uint32_t(32 * (c + 1)) ^ v_swizzle));
+    for (int m = 0; m < kKeyTiles / 2; ++m) {
+      float w[8];
+      weigh_keys<kPlain>(keys, in_stage, s, scale, reference, seen, m, w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[m][i] = pack<kBf16>(w[2 * i], w[2 * i + 1]);
+    }
+    float(&out)[4 * kValueTiles] = reinterpret_cast<float(&)[4 * kValueTiles]>(out_);
+    const uint64_t b = wgmma_descriptor(v, 128, Shape::kChunkBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int m = 0; m < kKeyTiles / 2; ++m) {
+      wgmma_m64k16_transposed<kBf16, Shape::kDim>(out, a[m], b + m * 256 / 16);
+    }
+    wgmma_commit();
+    wgmma_wait<0>(out);
+    if (parts == 2) {
+#pragma unroll
+      for (int m = 0; m < kKeyTiles / 2; ++m) {
+        float w[8];
+        weigh_keys<kPlain>(keys, in_stage, s, scale, reference, seen, m, w, false);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][i] = pack_rest<kBf16>(w[2 * i], w[2 * i + 1], a[m][i]);
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int m = 0; m < kKeyTiles / 2; ++m) {
+        wgmma_m64k16_transposed<kBf16, Shape::kDim>(out, a[m], b + m * 256 / 16);
+      }
+      wgmma_commit();
+      wgmma_wait<0>(out);
+    }
+  }
+
+  // With weights of keys 16 m .. 16 m + 15. Where some rows do not see some keys, a raw value that is no finite
+  // number makes outputs NaN of rows that see it, and no others: it is taken out of the product, and counted by a product of
+  // ones.
+  template <bool kBf16, bool kPlain>
+  __device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint32_t v, int m, uint32_t seen) {
+    constexpr uint32_t kOnes = kBf16 ? 0x3f803f80 : 0x3c003c00, kExponent = kBf16 ? 0x7f80 : 0x7c00;
+    constexpr int kChunks = Shape::kDim / 16;
+    uint32_t loaded[2][4];  // of this step and of the next
+    const uint32_t v_rows = v + uint32_t(lane_ / 16 * Shape::kChunkBytes + (16 * m + lane_ % 16) * 16);
+    load_matrices_transposed(loaded[0], v_rows);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      uint32_t(&b)[4] = loaded[c % 2];
+      if (c + 1 < kChunks) {
+        load_matrices_transposed(loaded[(c + 1) % 2], v_rows + uint32_t(2 * (c + 1) * Shape::kChunkBytes));
+      }
+      if (!kPlain && v_raw_) {
+        uint32_t bad[4], any = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t low = (b[i] & kExponent) == kExponent ? 0xffff : 0;
+          const uint32_t high = (b[i] >> 16 & kExponent) == kExponent ? 0xffff0000 : 0;
+          bad[i] = low | high;
+          b[i] &= ~bad[i];
+          any |= bad[i];
+        }
+        if (__any_sync(kAll, any != 0)) {
+          uint32_t ones[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {  // a[2 j + r]: s[2 m + j][2 r], [2 r + 1]
+            const uint32_t bits = seen >> (4 * (2 * m + i / 2) + 2 * (i % 2));
+            ones[i] = ((bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u)) & kOnes;
           }
-          if (!kPlain && v_raw_) {
-            uint32_t bad[4], any = 0;
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float count[4] = {0, 0, 0, 0};
+            mma_add_m16n8k16<kBf16>(count, ones, bad[2 * j] & kOnes, bad[2 * j + 1] & kOnes);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const uint32_t low = (b[i] & kExponent) == kExponent ? 0xffff : 0;
-              const uint32_t high = (b[i] >> 16 & kExponent) == kExponent ? 0xffff0000 : 0;
-              bad[i] = low | high;
-              b[i] &= ~bad[i];
-              any |= bad[i];
-            }
-            if (__any_sync(kAll, any != 0)) {
-              uint32_t ones[4];
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {  // a[2 j + r]: s[2 m + j][2 r], [2 r + 1]
-                const uint32_t bits = seen >> (4 * (2 * m + i / 2) + 2 * (i % 2));
-                ones[i] = ((bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u)) & kOnes;
-              }
-#pragma unroll
-              for (int j = 0; j < 2; ++j) {
-                float count[4] = {0, 0, 0, 0};
-                mma_add_m16n8k16<kBf16>(count, ones, bad[2 * j] & kOnes, bad[2 * j + 1] & kOnes);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  if (count[i] > 0) out_[2 * c + j][i] = __int_as_float(0x7fc00000);
-                }
-              }
+              if (count[i] > 0) out_[2 * c + j][i] = __int_as_float(0x7fc00000);
             }
           }
-          mma_add_m16n8k16<kBf16>(out_[2 * c], a, b[0], b[1]);
-          mma_add_m16n8k16<kBf16>(out_[2 * c + 1], a, b[2], b[3]);
         }
       }
+      mma_add_m16n8k16<kBf16>(out_[2 * c], a, b[0], b[1]);
+      mma_add_m16n8k16<kBf16>(out_[2 * c + 1], a, b[2], b[3]);
     }
   }
 
@@ -878,9 +1043,9 @@ class WideRows {
   const int lane_, g_, q_;
 
   // The item's.
-  bool is_new_, k_bf16_, v_raw_, v_bf16_, adjusted_;
+  bool is_new_, k_bf16_, v_raw_, v_bf16_, copied_, adjusted_;
   int query_parts_;
-  int plain_low_, plain_high_, some_low_, some_high_;  // keys that every row sees, that some row may see
+  RowRanges ranges_;
   // Of the lane's rows.
   int low_[2], high_[2], shift_[2];  // key + shift: its position less the row's
   float gain_[2], offset_[2], slope_[2];
@@ -986,8 +1151,8 @@ __device__ __forceinline__ void consume_stages(const AttentionCall &call, const 
                                                const uint8_t *stages, WideShared<Shape> &shared) {
   const int warp = int(threadIdx.x) / 32, lane = lane_index();
   const int first_row = Shape::kMany ? 16 * warp : 0, in_stage = Shape::kMany ? 0 : warp * Shape::kKeys;
-  uint8_t *own_queries = queries + 2 * first_row * Shape::kRowBytes;
-  WideRows<Shape> rows(call, own_queries);
+  const int group = first_row / Shape::kQueryRows, in_group = first_row % Shape::kQueryRows;
+  WideRows<Shape> rows(call, queries + group * 2 * Shape::kQueryPartBytes);
   const BlockItems block = call.block_items[blockIdx.x];
   int stage = 0;
   uint32_t parity = 0;
@@ -997,9 +1162,12 @@ __device__ __forceinline__ void consume_stages(const AttentionCall &call, const 
     if (!read_item(call, slot, int32_t(blockIdx.x), wide)) continue;
     rows.begin(wide, first_row);
     if constexpr (Shape::kMany) {
-      __syncwarp();
-      rows.load_queries(wide, first_row, 0, 16);
-      __syncwarp();
+      group_barrier(kWarpgroupBarrier + group, 128);  // the queries and ranges there have been read
+      rows.load_queries(wide, group * Shape::kQueryRows, in_group, in_group + 16);
+      if (lane == 0) shared.ranges[warp] = rows.ranges();
+      if constexpr (kHasWgmma) wgmma_memory_fence();
+      group_barrier(kWarpgroupBarrier + group, 128);
+      rows.join(shared.ranges + 4 * group);
     } else {
       constexpr int kEach = 16 / Shape::kKeyWarps;
       group_barrier(kConsumerBarrier, 32 * Shape::kConsumers);  // what was added up there has been read
@@ -1011,7 +1179,7 @@ __device__ __forceinline__ void consume_stages(const AttentionCall &call, const 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, first += Shape::kStageKeys) {
       barrier_wait(&shared.full[stage], parity);
-      const uint8_t *k_side = stages + stage * 2 * Shape::kSideBytes;
+      const uint8_t *k_side = stages + stage * 2 * Shape::kSideBytes + 16 * in_stage;
       rows.step(k_side, k_side + Shape::kSideBytes, shared.keys[stage], in_stage, first);
       __syncwarp();
       if (lane == 0) barrier_arrive(&shared.empty[stage]);

@@ -235,6 +235,83 @@ __device__ __forceinline__ void wgmma_m64k16(float (&d)[kColumns / 2], const uin
 #undef TQKV_D32
 #undef TQKV_A
 }
+
+// The same with f16 or bf16, whose sums may be rounded towards zero in any order. A [64, 16] in shared memory, as B is, with
+// descriptor `a`, rows for columns and columns for rows; d = A B with kFirst, else d += A B.
+#define TQKV_D4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define TQKV_D16(c, i) TQKV_D4(c, i), TQKV_D4(c, i + 4), TQKV_D4(c, i + 8), TQKV_D4(c, i + 12)
+#define TQKV_D32(c, i) TQKV_D16(c, i), TQKV_D16(c, i + 16)
+#define TQKV_N64 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31}"
+#define TQKV_N128 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
+  "%57,%58,%59,%60,%61,%62,%63}"
+#define TQKV_N256 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
+  "%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83," \
+  "%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108," \
+  "%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}"
+template <bool kBf16, bool kFirst>
+__device__ __forceinline__ void wgmma_m64n64k16_shared(float (&d)[32], uint64_t a, uint64_t b) {
+#define TQKV_MMA(c, type, add)                                                                                      \
+  TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, " add ", 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type \
+             " " TQKV_N64 ", %32, %33, p, 1, 1, 0, 0; }"                                                             \
+             : TQKV_D32(c, 0)                                                                                       \
+             : "l"(a), "l"(b))
+  if constexpr (kBf16 && kFirst) {
+    TQKV_MMA("=f", "bf16", "0");
+  } else if constexpr (kBf16) {
+    TQKV_MMA("+f", "bf16", "1");
+  } else if constexpr (kFirst) {
+    TQKV_MMA("=f", "f16", "0");
+  } else {
+    TQKV_MMA("+f", "f16", "1");
+  }
+#undef TQKV_MMA
+}
+
+// d += A B, A in registers, B [16, kColumns] transposed: its matrices have a row of B's in 16 bytes.
+template <bool kBf16, int kColumns>
+__device__ __forceinline__ void wgmma_m64k16_transposed(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kColumns == 64 || kColumns == 128 || kColumns == 256);
+#define TQKV_MMA(type, columns, list, a0, a1, a2, a3, b0, ...)                                                         \
+  TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type \
+             " " list ", {" a0 "," a1 "," a2 "," a3 "}, " b0 ", p, 1, 1, 1; }"                                         \
+             : __VA_ARGS__                                                                                             \
+             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define TQKV_MMA64(type) TQKV_MMA(type, "64", TQKV_N64, "%32", "%33", "%34", "%35", "%36", TQKV_D32("+f", 0))
+#define TQKV_MMA128(type) \
+  TQKV_MMA(type, "128", TQKV_N128, "%64", "%65", "%66", "%67", "%68", TQKV_D32("+f", 0), TQKV_D32("+f", 32))
+#define TQKV_MMA256(type)                                                                                            \
+  TQKV_MMA(type, "256", TQKV_N256, "%128", "%129", "%130", "%131", "%132", TQKV_D32("+f", 0), TQKV_D32("+f", 32),    \
+           TQKV_D32("+f", 64), TQKV_D32("+f", 96))
+  if constexpr (kColumns == 64 && kBf16) {
+    TQKV_MMA64("bf16");
+  } else if constexpr (kColumns == 64) {
+    TQKV_MMA64("f16");
+  } else if constexpr (kColumns == 128 && kBf16) {
+    TQKV_MMA128("bf16");
+  } else if constexpr (kColumns == 128) {
+    TQKV_MMA128("f16");
+  } else if constexpr (kBf16) {
+    TQKV_MMA256("bf16");
+  } else {
+    TQKV_MMA256("f16");
+  }
+#undef TQKV_MMA64
+#undef TQKV_MMA128
+#undef TQKV_MMA256
+#undef TQKV_MMA
+}
+#undef TQKV_D4
+#undef TQKV_D16
+#undef TQKV_D32
+#undef TQKV_N64
+#undef TQKV_N128
+#undef TQKV_N256
 #undef TQKV_WGMMA
 
 // mma.sync.aligned.m16n8k16 of f16 or bf16 with f32 sums, d += A B: as above, but sums may be rounded towards zero in any

@@ -258,6 +258,69 @@ inline double f64_from_bf16(uint32_t bits) {
   return double(std::bit_cast<float>(bits << 16));
 }
 
+template <bool kBf16>
+double f64_from_half(uint32_t bits) {
+  if (kBf16) return f64_from_bf16(bits);
+  if ((bits & 0x7c00) != 0x7c00) return f64_from_f16(bits);
+  return (bits & 1023) != 0 ? double(NAN) : (bits & 0x8000) != 0 ? -HUGE_VAL : HUGE_VAL;
+}
+
+// wgmma.m64k16 of f16 or bf16, d += A B or d = A B: sums in double precision, rounded once. The warp's rows of A are in
+// registers, or null where `a_descriptor` tells where they are.
+template <bool kBf16, int kColumns, bool kFirst, bool kTransposed>
+void wgmma_rounded(float (&d)[kColumns / 2], const uint32_t *a, uint64_t a_descriptor, uint64_t b) {
+  struct Fragments {
+    const uint32_t *a;
+    float *d;
+    uint64_t a_descriptor, b;
+    unsigned warp;
+  } mine{a, d, a_descriptor, b, ::emulation::position.thread.x / 32 % 4};
+  ::emulation::collective("wgmma.m64k16", 0xffffffff, mine, [](const ::emulation::Exchanges<Fragments> &all) {
+    const uint64_t left = all[0].a_descriptor, right = all[0].b;
+    all.for_each([&](unsigned, Fragments &f) {
+      if (f.a_descriptor != left || f.b != right) ::emulation::stop("wgmma.m64k16: descriptors differ");
+    });
+    // Matrices of 8 rows of 16 bytes: (x, y) is y % 8 of row x % 8 of one of them.
+    const auto element = [](uint64_t descriptor, unsigned x, unsigned y, uint64_t x_stride, uint64_t y_stride) {
+      const uintptr_t at = shared_window() + 16 * (descriptor & 0x3fff) + x / 8 * 16 * x_stride + y / 8 * 16 * y_stride +
+                           16 * (x % 8) + 2 * (y % 8);
+      return f64_from_half<kBf16>(*reinterpret_cast<const uint16_t *>(at));
+    };
+    const auto k_stride = [](uint64_t descriptor) { return descriptor >> 16 & 0x3fff; };
+    const auto other_stride = [](uint64_t descriptor) { return descriptor >> 32 & 0x3fff; };
+    double x[16][16];
+    for (unsigned row = 0; row < 16; ++row) {
+      for (unsigned k = 0; k < 16; ++k) {
+        const uint32_t *words = all[4 * (row % 8) + k % 8 / 2].a;
+        x[row][k] = words == nullptr
+                        ? element(left, 16 * all[0].warp + row, k, other_stride(left), k_stride(left))
+                        : f64_from_half<kBf16>(words[row / 8 + 2 * (k / 8)] >> (16 * (k % 2)) & 0xffff);
+      }
+    }
+    for (unsigned column = 0; column < kColumns; ++column) {
+      double y[16];
+      for (unsigned k = 0; k < 16; ++k) {
+        y[k] = kTransposed ? element(right, k, column, k_stride(right), other_stride(right))
+                           : element(right, column, k, other_stride(right), k_stride(right));
+      }
+      for (unsigned row = 0; row < 16; ++row) {
+        float &to = all[4 * (row % 8) + column % 8 / 2].d[column / 8 * 4 + row / 8 * 2 + column % 2];
+        double sum = kFirst ? 0.0 : double(to);
+        for (unsigned k = 0; k < 16; ++k) sum += x[row][k] * y[k];
+        to = float(sum);
+      }
+    }
+  });
+}
+template <bool kBf16, bool kFirst>
+void wgmma_m64n64k16_shared(float (&d)[32], uint64_t a, uint64_t b) {
+  wgmma_rounded<kBf16, 64, kFirst, false>(d, nullptr, a, b);
+}
+template <bool kBf16, int kColumns>
+void wgmma_m64k16_transposed(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
+  wgmma_rounded<kBf16, kColumns, false, true>(d, a, 0, b);
+}
+
 // mma.sync.aligned.m16n8k16 of f16 or bf16, d += A B: sums in double precision, rounded once.
 template <bool kBf16>
 void mma_add_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -267,14 +330,7 @@ void mma_add_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32
   } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, d};
   ::emulation::collective("mma_add.m16n8k16", 0xffffffff, mine, [](const ::emulation::Exchanges<Fragments> &all) {
     double left[16][16], right[16][8];
-    const auto half = [](uint32_t word, unsigned k) {
-      const uint32_t bits = word >> (16 * (k % 2)) & 0xffff;
-      if (kBf16) return f64_from_bf16(bits);
-      return (bits & 0x7c00) == 0x7c00 ? ((bits & 1023) != 0     ? double(NAN)
-                                          : (bits & 0x8000) != 0 ? -HUGE_VAL
-                                                                 : HUGE_VAL)
-                                       : f64_from_f16(bits);
-    };
+    const auto half = [](uint32_t word, unsigned k) { return f64_from_half<kBf16>(word >> (16 * (k % 2)) & 0xffff); };
     for (unsigned k = 0; k < 16; ++k) {
       const unsigned t = k % 8 / 2;
       for (unsigned row = 0; row < 16; ++row) left[row][k] = half(all[4 * (row % 8) + t].a[row / 8 + 2 * (k / 8)], k);
