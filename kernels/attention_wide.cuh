@@ -66,6 +66,12 @@ struct RowRanges {
   int32_t plain_low, plain_high, low, high;
 };
 
+// What a row sees, for its scores where not all rows see all keys or scores are adjusted.
+struct RowLimits {
+  int32_t low, high, shift;  // keys; key + shift: its position less the row's
+  float offset, slope;
+};
+
 // What of a stage is not rows.
 template <class Shape>
 struct alignas(16) StageKeys {
@@ -73,18 +79,6 @@ struct alignas(16) StageKeys {
   // Of 16 keys each: bits of those that are read here and that some row sees; a power of two above their v scales.
   uint32_t shown[Shape::kStageKeys / 16];
   float exponent[Shape::kStageKeys / 16];
-};
-
-template <class Shape>
-struct WideShared {
-  uint64_t full[kMostWideStages], empty[kMostWideStages];
-  StageKeys<Shape> keys[kMostWideStages];
-  RowRanges ranges[Shape::kConsumers];
-  float references[Shape::kKeyWarps][16], sums[16];
-};
-
-struct WideMemory {
-  int32_t stages, stages_at, shared_at;  // queries come first; bytes from the start
 };
 
 // An item, and the keys that are read for it: numbered from coded_length on where they are new.
@@ -115,6 +109,25 @@ __device__ inline bool read_item(const AttentionCall &call, int32_t slot, int32_
   return true;
 }
 
+template <class Shape>
+struct WideShared {
+  uint64_t full[kMostWideStages], empty[kMostWideStages];
+  StageKeys<Shape> keys[kMostWideStages];
+  RowRanges ranges[Shape::kConsumers];
+  RowLimits limits[Shape::kConsumers][16];
+  WideItem items[kMakers];
+  float references[Shape::kKeyWarps][16], sums[16];
+};
+
+struct WideMemory {
+  int32_t stages, stages_at, shared_at;  // queries come first; bytes from the start
+};
+
+// The compiler knows of this that it is one number for the warp.
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(kAll, int(threadIdx.x) / 32, 0);
+}
+
 // ---- making stages
 
 // Whether some row sees key j, which is in their common range.
@@ -138,63 +151,67 @@ struct NextBlock {
   int32_t key = -1, id = 0;  // -1: none
 };
 
+__device__ __forceinline__ const uint8_t *pointer_of_lane(const uint8_t *pointer, int lane) {
+  return reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
 // Where the keys of a maker's tile are: lanes i and i + 16 have key i.
 struct KeyPlace {
-  const uint8_t *k, *v;  // of a raw side the row, and null where it is hidden; else the tile's codes, null: none
+  const uint8_t *k, *v;  // of a raw side the key's row, null where it is hidden; else its tile's codes
   int32_t row;           // in the tile
-  float scale;           // of K in lanes 0 .. 15, of V in the others; 0 where hidden
+  uint32_t scale;        // bits of K's in lanes 0 .. 15, of V's in the others
   uint32_t shown;        // bits of keys that are read here and that some row sees
-  bool is_new;
+  bool is_new, one_tile;  // one_tile: lane i has row i % 16 of the same tile
 };
 
-// The tile that begins with key `first`; its lane's next one begins with `next_first`.
+// The tile that begins with key `first`; the maker's next one begins with `next_first`. Codes of hidden keys may be
+// anything, as all are finite levels: keys without a tile have another's, or some memory of the block's. Nothing here waits
+// for what it loads.
 __device__ __forceinline__ KeyPlace find_place(const AttentionCall &call, const WideItem &wide, int first,
-                                               int next_first, NextBlock &next) {
+                                               int next_first, const uint8_t *some_memory, NextBlock &next) {
   const Sequence &sequence = wide.sequence;
   const AttentionPool &pool = call.pool;
   const int lane = lane_index(), key = first + lane % kTileTokens, kv_head = wide.item.head_pack;
-  const bool of_k = lane < kTileTokens;
-  KeyPlace place{nullptr, nullptr, key % kTileTokens, 0, 0, wide.is_new != 0};
-  const bool seen =
+  KeyPlace place{nullptr, nullptr, key % kTileTokens, 0, 0, wide.is_new != 0, false};
+  bool seen =
       key >= wide.low && key < wide.high && is_seen(call, wide, wide.is_new ? sequence.coded_length + key : key);
-  bool shown = false;
   if (wide.is_new) {
     if (seen) {
       place.k = new_row(call.k_new, int64_t{sequence.begin} + key, kv_head);
       place.v = new_row(call.v_new, int64_t{sequence.begin} + key, kv_head);
-      place.scale = 1;
-      shown = true;
     }
-  } else if (first < wide.high && first + kTileTokens > wide.low && key < sequence.coded_length) {
-    const bool needed = seen && !is_exact(call, sequence, key);
-    const uint32_t block = uint32_t(key) / uint32_t(pool.block_size),
-                   in_block = uint32_t(key) % uint32_t(pool.block_size);
-    const int32_t id = next.key == key ? next.id : sequence.table[block];
-    if (id < 0 || id >= pool.num_blocks) {
-      if (needed) atomicMax(&call.sequence_faults[wide.item.sequence], 1);
-    } else {
-      const uint8_t *tile = pool.base + kv_head * pool.head_stride;
-      if (pool.block_size < kTileTokens) {
+  } else {
+    const uint8_t *tile = nullptr;
+    seen = seen && !is_exact(call, sequence, key);
+    if (first < wide.high && first + kTileTokens > wide.low && key < sequence.coded_length) {
+      const uint32_t block = uint32_t(key) / uint32_t(pool.block_size),
+                     in_block = uint32_t(key) % uint32_t(pool.block_size);
+      const int32_t id = next.key == key ? next.id : sequence.table[block];
+      if (id < 0 || id >= pool.num_blocks) {
+        if (seen) atomicMax(&call.sequence_faults[wide.item.sequence], 1);
+        seen = false;
+      } else if (pool.block_size < kTileTokens) {
         const int64_t slot = int64_t{id} * pool.block_size + in_block;
-        tile += slot / kTileTokens * pool.block_stride;
+        tile = pool.base + slot / kTileTokens * pool.block_stride;
         place.row = int(slot % kTileTokens);
       } else {
-        tile += id * pool.block_stride + in_block / kTileTokens * pool.tile_stride;
-      }
-      shown = needed;
-      // Codes of hidden keys may be anything, and are finite levels.
-      const bool raw_k = call.k_bits == kRawBits, raw_v = call.v_bits == kRawBits;
-      if (needed || !raw_k) place.k = tile + (raw_k ? place.row * call.head_dim_k * 2 : 0);
-      if (needed || !raw_v) place.v = tile + pool.v_codes + (raw_v ? place.row * call.head_dim_v * 2 : 0);
-      const int type = of_k ? call.k_scale_type : call.v_scale_type;
-      if (needed) {
-        place.scale = (of_k ? raw_k : raw_v) ? 1.0f
-                                             : load_scale(type, tile + (of_k ? pool.k_scales : pool.v_scales) +
-                                                                    place.row * (type == TQ_TYPE_F32 ? 4 : 2));
+        tile = pool.base + id * pool.block_stride + in_block / kTileTokens * pool.tile_stride;
       }
     }
+    const unsigned have = __ballot_sync(kAll, tile != nullptr);
+    const uint8_t *other = pointer_of_lane(tile, have != 0 ? __ffs(int(have)) - 1 : 0);
+    if (tile == nullptr) tile = other;
+    tile = have != 0 ? tile + kv_head * pool.head_stride : some_memory;
+    const bool of_k = lane < kTileTokens, raw_k = call.k_bits == kRawBits, raw_v = call.v_bits == kRawBits;
+    if (seen || !raw_k) place.k = tile + (raw_k ? place.row * call.head_dim_k * 2 : 0);
+    if (seen || !raw_v) place.v = tile + pool.v_codes + (raw_v ? place.row * call.head_dim_v * 2 : 0);
+    if (!(of_k ? raw_k : raw_v)) {
+      const int type = of_k ? call.k_scale_type : call.v_scale_type;
+      place.scale = load_scale_bits(
+          type, tile + (of_k ? pool.k_scales : pool.v_scales) + place.row * (type == TQ_TYPE_F32 ? 4 : 2));
+    }
   }
-  place.shown = __ballot_sync(kAll, shown) & 0xffff;
+  place.shown = __ballot_sync(kAll, seen) & 0xffff;
   next.key = -1;
   if (!wide.is_new && sequence.exact_table == nullptr && call.q_positions == nullptr) {
     const int next_key = next_first + lane % kTileTokens;
@@ -206,14 +223,10 @@ __device__ __forceinline__ KeyPlace find_place(const AttentionCall &call, const 
   return place;
 }
 
-__device__ __forceinline__ const uint8_t *pointer_of_lane(const uint8_t *pointer, int lane) {
-  return reinterpret_cast<const uint8_t *>(__shfl_sync(kAll, reinterpret_cast<unsigned long long>(pointer), lane));
-}
-
-// Calls body() with the number of bits of codes, 1 .. 4 or 8, as a constant.
-template <class Body>
+// Calls body() with the number of bits of codes, 1 .. 4 or 8, as a constant; kFixed is it, or 0.
+template <int kFixed, class Body>
 __device__ __forceinline__ void with_bits(int bits, Body &&body) {
-  switch (bits) {
+  switch (kFixed != 0 ? kFixed : bits) {
     case 1: body(std::integral_constant<int, 1>{}); break;
     case 2: body(std::integral_constant<int, 2>{}); break;
     case 3: body(std::integral_constant<int, 3>{}); break;
@@ -275,34 +288,46 @@ __device__ __forceinline__ uint4 expand_octet(const HalfTable &table, int bits, 
 // Codes of K of a maker's tile: a piece is 16 channels of a key. Neighbouring lanes have different keys.
 template <class Shape>
 struct KeyCodes {
-  static constexpr int kUnits = Shape::kDim / 16, kPieces = kTileTokens * kUnits / 32;  // of a lane
-  uint32_t word[kPieces][4];  // at 1 and 3 bits the last is of the 1-bit plane
+  static constexpr int kUnits = Shape::kDim / 16, kPieces = kUnits / 2;  // of a key, of a lane
+  uint32_t word[kPieces][4];  // at 1 and 3 bits the last is of the 1-bit plane, or two halves
 
-  __device__ static int key_of(int i) { return (4 * i + lane_index() / 8) / kUnits * 8 + lane_index() % 8; }
-  __device__ static int unit_of(int i) { return (4 * i + lane_index() / 8) % kUnits; }
+  __device__ static int key_of(int i) { return 8 * (i / (kUnits / 4)) + lane_index() % 8; }
+  __device__ static int unit_of(int i) { return i % (kUnits / 4) * 4 + lane_index() / 8; }
 
   template <int bits>
   __device__ __forceinline__ void load(const AttentionCall &call, const KeyPlace &place) {
     const int dim = call.head_dim_k;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int key = key_of(i), unit = unit_of(i);
-      const uint8_t *codes = pointer_of_lane(place.k, key);
-      const int row = __shfl_sync(kAll, place.row, key);
-      word[i][0] = word[i][1] = word[i][2] = word[i][3] = 0;
-      if (codes == nullptr || 16 * unit >= dim) continue;
-      if (bits == 4) {
-        const uint2 v = *reinterpret_cast<const uint2 *>(codes + row * dim / 2 + 8 * unit);
-        word[i][0] = v.x, word[i][1] = v.y;
-      } else if (bits == 8) {
-        const uint4 v = *reinterpret_cast<const uint4 *>(codes + row * dim + 16 * unit);
-        word[i][0] = v.x, word[i][1] = v.y, word[i][2] = v.z, word[i][3] = v.w;
-      } else {
-        if (bits != 1) word[i][0] = *reinterpret_cast<const uint32_t *>(codes + row * dim / 4 + 4 * unit);
-        if (bits != 2) {
-          const uint8_t *plane = codes + (bits == 3 ? kTileTokens * dim / 4 : 0) + row * dim / 8 + (unit >> 1) * 4;
-          word[i][3] = *reinterpret_cast<const uint16_t *>(plane);
-          if (16 * unit < (dim & ~31)) word[i][3] |= uint32_t{*reinterpret_cast<const uint16_t *>(plane + 2)} << 16;
+    for (int half = 0; half < 2; ++half) {
+      const int key = 8 * half + lane_index() % 8;
+      int row = key;
+      const uint8_t *tile = place.k;
+      if (!place.one_tile) {
+        row = __shfl_sync(kAll, place.row, key);
+        tile = pointer_of_lane(place.k, key);
+      }
+      const uint8_t *codes = tile + row * ((bits == 3 ? 2 : bits) * dim / 8);
+      const uint8_t *ones = tile + (bits == 3 ? kTileTokens * dim / 4 : 0) + row * dim / 8;
+#pragma unroll
+      for (int j = 0; j < kUnits / 4; ++j) {
+        const int i = half * (kUnits / 4) + j, unit = 16 * unit_of(i) < dim ? unit_of(i) : 0;
+        if (bits == 4) {
+          const uint2 v = *reinterpret_cast<const uint2 *>(codes + 8 * unit);
+          word[i][0] = v.x, word[i][1] = v.y;
+        } else if (bits == 8) {
+          const uint4 v = *reinterpret_cast<const uint4 *>(codes + 16 * unit);
+          word[i][0] = v.x, word[i][1] = v.y, word[i][2] = v.z, word[i][3] = v.w;
+        } else {
+          if (bits != 1) word[i][0] = *reinterpret_cast<const uint32_t *>(codes + 4 * unit);
+          if (bits != 2) {
+            const uint8_t *at = ones + (unit >> 1) * 4;
+            if (dim % 32 == 0) {
+              word[i][3] = *reinterpret_cast<const uint32_t *>(at);
+            } else {  // half words; the last unit has one
+              word[i][3] = *reinterpret_cast<const uint16_t *>(at);
+              word[i][2] = *reinterpret_cast<const uint16_t *>(at + (16 * unit < (dim & ~31) ? 2 : 0));
+            }
+          }
         }
       }
     }
@@ -318,11 +343,12 @@ struct KeyCodes {
       const int key = key_of(i), unit = unit_of(i);
       if (16 * unit >= dim) continue;
       const bool half = 16 * unit >= (dim & ~31);
+      const uint32_t ones = dim % 32 == 0 || half ? word[i][3] : word[i][3] | word[i][2] << 16;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t first = bits == 8 ? word[i][2 * h] : bits == 4 ? word[i][h] : word[i][0];
         *reinterpret_cast<uint4 *>(chunk_at<Shape>(side, key, 2 * unit + h)) =
-            expand_octet(table, bits, first, word[i][2 * h + 1], word[i][3], 2 * unit + h, half);
+            expand_octet(table, bits, first, word[i][2 * h + 1], ones, 2 * unit + h, half);
       }
     }
   }
@@ -351,25 +377,35 @@ struct ValueCodes {
   template <int bits>
   __device__ __forceinline__ void load(const AttentionCall &call, const KeyPlace &place) {
     const int dim = call.head_dim_v;
-    const uint8_t *codes = pointer_of_lane(place.v, first_key());
-    const int row = __shfl_sync(kAll, place.row, first_key());
+    int row = first_key();
+    const uint8_t *codes = place.v;
+    if (!place.one_tile) {
+      row = __shfl_sync(kAll, place.row, first_key());
+      codes = pointer_of_lane(place.v, first_key());
+    }
     const bool together = call.pool.block_size >= 4;  // the four keys are neighbours
     // Bytes 4 `word` .. of the keys, of a plane of `bytes` bytes at `plane` from the tile's codes on.
     const auto load_word = [&](int plane, int bytes, int word) {
-      const int word_bytes = bytes - 4 * word < 4 ? 2 : 4;
+      if (bytes <= 4 * word) word = 0;  // of channels that there are not
+      const bool halves = (bits == 1 || bits == 3) && bytes % 4 != 0;
+      const int word_bytes = halves && bytes - 4 * word < 4 ? 2 : 4;
       if (together) {
         const uint8_t *at = codes + plane + 64 * word + 4 * word_bytes * (row >> 2);
-        if (codes == nullptr || bytes <= 4 * word) return make_uint4(0, 0, 0, 0);
-        if (word_bytes == 4) return *reinterpret_cast<const uint4 *>(at);
-        const uint2 half = *reinterpret_cast<const uint2 *>(at);
-        return make_uint4(half.x, half.y, 0, 0);
+        if (!halves) return *reinterpret_cast<const uint4 *>(at);
+        uint4 loaded = make_uint4(0, 0, 0, 0);
+        if (word_bytes == 4) {
+          loaded = *reinterpret_cast<const uint4 *>(at);
+        } else {
+          const uint2 half = *reinterpret_cast<const uint2 *>(at);
+          loaded.x = half.x, loaded.y = half.y;
+        }
+        return loaded;
       }
       uint32_t result[4] = {0, 0, 0, 0};
 #pragma unroll 1
       for (int i = 0; i < 4; ++i) {
         const uint8_t *of_key = pointer_of_lane(place.v, first_key() + i);
         const int its_row = __shfl_sync(kAll, place.row, first_key() + i);
-        if (of_key == nullptr || bytes <= 4 * word) continue;
         const uint8_t *at = of_key + plane + v_plane_offset(bytes, 4 * word, its_row);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -381,7 +417,6 @@ struct ValueCodes {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int octet = octet_of(i);
-      first[i] = second[i] = make_uint4(0, 0, 0, 0);
       if (bits == 4) {
         first[i] = load_word(0, dim / 2, octet);
       } else if (bits == 8) {
@@ -442,41 +477,94 @@ __device__ __forceinline__ void copy_rows(const uint8_t *row, int dim, bool alig
 template <class Shape>
 class MakerTiles {
  public:
-  __device__ MakerTiles(const AttentionCall &call, int maker)
-      : call_(call), maker_(maker), block_(call.block_items[blockIdx.x]), next_slot_(block_.first) {}
+  // `item`: of the maker's own, in shared memory; `some_memory`: as for find_place().
+  __device__ MakerTiles(const AttentionCall &call, int maker, WideItem *item, const uint8_t *some_memory)
+      : call_(call),
+        maker_(maker),
+        item_(item),
+        some_memory_(some_memory),
+        next_slot_(call.block_items[blockIdx.x].first),
+        end_slot_(next_slot_ + call.block_items[blockIdx.x].count),
+        tiles_(uint32_t(max(call.pool.block_size / kTileTokens, 1))),
+        reciprocal_(0xffffffff / tiles_ + 1) {}
 
   // The next one; false: there is none.
   __device__ __forceinline__ bool find(KeyPlace &place) {
-    if (++tile_ >= count_) {
-      tile_ = count_ = 0;
-      next_.key = -1;
-      while (count_ == 0) {
-        if (next_slot_ >= block_.first + block_.count) return false;
-        if (read_item(call_, next_slot_++, int32_t(blockIdx.x), wide_)) {
-          count_ = wide_.steps(Shape::kStageKeys) * Shape::kMakerTiles;
-        }
-      }
+    constexpr int kStep = kMakers * kTileTokens;
+    first_ += kStep;
+    if (first_ >= end_ && !begin_item()) return false;
+    if (first_ < plain_low_ || first_ + kTileTokens > plain_high_ || !find_plain(first_ + kStep, place)) {
+      place = find_place(call_, *item_, first_, first_ + kStep, some_memory_, next_);
     }
-    place = find_place(call_, wide_, first_key(tile_), first_key(tile_ + 1), next_);
     return true;
   }
 
  private:
-  __device__ int first_key(int tile) const {
-    return (wide_.item.first_tile + tile * kMakers + maker_) * kTileTokens;
+  __device__ __forceinline__ bool begin_item() {
+    WideItem wide;
+    do {
+      if (next_slot_ >= end_slot_) return false;
+    } while (!read_item(call_, next_slot_++, int32_t(blockIdx.x), wide));
+    __syncwarp();  // the item before has been read
+    if (lane_index() == 0) *item_ = wide;
+    __syncwarp();
+    next_.key = -1;
+    first_ = (wide.item.first_tile + maker_) * kTileTokens;
+    end_ = wide.item.first_tile * kTileTokens + wide.steps(Shape::kStageKeys) * Shape::kStageKeys;
+    const bool plain = wide.is_new == 0 && wide.sequence.exact_table == nullptr && call_.q_positions == nullptr &&
+                       call_.pool.block_size >= kTileTokens;
+    plain_low_ = plain ? wide.low : INT32_MAX, plain_high_ = wide.high;
+    base_ = call_.pool.base + wide.item.head_pack * call_.pool.head_stride;
+    return true;
+  }
+
+  __device__ __forceinline__ uint32_t block_of(uint32_t tile) const {
+    return tiles_ == 1 ? tile : __umulhi(tile, reciprocal_);  // tiles_ is at most 16, `tile` less than 2^28
+  }
+
+  // As find_place() for a tile of which every key is seen; false where its block's id is bad.
+  __device__ __forceinline__ bool find_plain(int next_first, KeyPlace &place) {
+    const int lane = lane_index(), row = lane % kTileTokens;
+    const uint32_t tile = uint32_t(first_) / kTileTokens, block = block_of(tile);
+    const int32_t *table = item_->sequence.table;
+    const int32_t id = next_.key == first_ + row ? next_.id : table[block];
+    if (id < 0 || id >= call_.pool.num_blocks) return false;
+    const uint8_t *at = base_ + id * call_.pool.block_stride + (tile - block * tiles_) * call_.pool.tile_stride;
+    const bool of_k = lane < kTileTokens, raw_k = call_.k_bits == kRawBits, raw_v = call_.v_bits == kRawBits;
+    place.k = at + (raw_k ? row * call_.head_dim_k * 2 : 0);
+    place.v = at + call_.pool.v_codes + (raw_v ? row * call_.head_dim_v * 2 : 0);
+    place.row = row;
+    place.shown = 0xffff;
+    place.is_new = false, place.one_tile = true;
+    if (!(of_k ? raw_k : raw_v)) {
+      const int type = of_k ? call_.k_scale_type : call_.v_scale_type;
+      place.scale = load_scale_bits(
+          type, at + (of_k ? call_.pool.k_scales : call_.pool.v_scales) + row * (type == TQ_TYPE_F32 ? 4 : 2));
+    }
+    next_.key = -1;
+    if (next_first + row < plain_high_) {
+      next_.key = next_first + row;
+      next_.id = table[block_of(uint32_t(next_first) / kTileTokens)];
+    }
+    return true;
   }
 
   const AttentionCall &call_;
   const int maker_;
-  const BlockItems block_;
+  WideItem *const item_;
+  const uint8_t *const some_memory_;
   int32_t next_slot_;
-  int tile_ = 0, count_ = 0;
-  WideItem wide_;
+  const int32_t end_slot_;
+  const uint32_t tiles_, reciprocal_;  // of a block; 2^32 divided by that, rounded up
+  int32_t first_ = 0, end_ = 0;        // the tile's first key; after the item's last
+  int32_t plain_low_ = 0, plain_high_ = 0;
+  const uint8_t *base_ = nullptr;  // of the item's kv head in the pool
   NextBlock next_;
 };
 
-// A tile in registers of its maker.
-template <class Shape>
+// A tile in registers of its maker. Bits: of every coded tile of the call, or 0. Where they are not fixed, what is loaded
+// may be waited for to be moved.
+template <class Shape, int kBitsK, int kBitsV>
 struct TileCodes {
   KeyPlace place;
   KeyCodes<Shape> keys;
@@ -484,18 +572,25 @@ struct TileCodes {
 
   __device__ __forceinline__ void load(const AttentionCall &call) {
     if (place.is_new) return;
-    if (call.k_bits != kRawBits) with_bits(call.k_bits, [&](auto bits) { keys.template load<bits>(call, place); });
-    if (call.v_bits != kRawBits) with_bits(call.v_bits, [&](auto bits) { values.template load<bits>(call, place); });
+    if (call.k_bits != kRawBits) {
+      with_bits<kBitsK>(call.k_bits, [&](auto bits) { keys.template load<bits>(call, place); });
+    }
+    if (call.v_bits != kRawBits) {
+      with_bits<kBitsV>(call.v_bits, [&](auto bits) { values.template load<bits>(call, place); });
+    }
   }
 
   // `first`: the number of the tile's first key in the stage.
   __device__ __forceinline__ void expand(const AttentionCall &call, int first, StageKeys<Shape> &described,
                                          uint8_t *k_side, uint8_t *v_side) const {
     const int lane = lane_index();
-    float most = place.scale;
+    const bool of_k = lane < kTileTokens, raw = place.is_new || (of_k ? call.k_bits : call.v_bits) == kRawBits;
+    float scale = raw ? 1.0f : scale_from_bits(of_k ? call.k_scale_type : call.v_scale_type, place.scale);
+    if ((place.shown >> lane % kTileTokens & 1) == 0) scale = 0;
+    float most = scale;
 #pragma unroll
     for (int step = 1; step < kTileTokens; step *= 2) most = fmaxf(most, __shfl_xor_sync(kAll, most, step));
-    (lane < kTileTokens ? described.k_scale : described.v_scale)[first + lane % kTileTokens] = place.scale;
+    (of_k ? described.k_scale : described.v_scale)[first + lane % kTileTokens] = scale;
     if (lane == kTileTokens) {
       described.shown[first / kTileTokens] = place.shown;
       described.exponent[first / kTileTokens] = float((__float_as_uint(most) >> 23 & 0xff)) - 126.0f;
@@ -504,30 +599,30 @@ struct TileCodes {
     if (place.is_new || call.k_bits == kRawBits) {
       copy_rows<Shape>(place.k, call.head_dim_k, !place.is_new || call.k_new.aligned != 0, k_side);
     } else {
-      with_bits(call.k_bits, [&](auto bits) { keys.template expand<bits>(call, k_side); });
+      with_bits<kBitsK>(call.k_bits, [&](auto bits) { keys.template expand<bits>(call, k_side); });
     }
     if (place.is_new || call.v_bits == kRawBits) {
       copy_rows<Shape>(place.v, call.head_dim_v, !place.is_new || call.v_new.aligned != 0, v_side);
     } else {
-      with_bits(call.v_bits, [&](auto bits) { values.template expand<bits>(call, v_side); });
+      with_bits<kBitsV>(call.v_bits, [&](auto bits) { values.template expand<bits>(call, v_side); });
     }
   }
 };
 
 // Codes are loaded a tile before they are expanded, and a block's id a tile before that: nothing here waits for memory.
-template <class Shape>
-__device__ __forceinline__ void make_stages(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
+template <class Shape, int kBitsK, int kBitsV>
+__device__ __forceinline__ void make_stages_of(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
                                             WideShared<Shape> &shared) {
-  const int maker = int(threadIdx.x) / 32 - Shape::kConsumers;
-  MakerTiles<Shape> tiles(call, maker);
+  const int maker = warp_index() - Shape::kConsumers;
+  MakerTiles<Shape> tiles(call, maker, &shared.items[maker], stages);
   int stage = 0, in_stage = 0;
   uint32_t parity = 0;
-  TileCodes<Shape> codes;
+  TileCodes<Shape, kBitsK, kBitsV> codes;
   bool more = tiles.find(codes.place);
   if (more) codes.load(call);
 #pragma unroll 1
   while (more) {
-    TileCodes<Shape> next;
+    TileCodes<Shape, kBitsK, kBitsV> next;
     more = tiles.find(next.place);
     if (more) next.load(call);
     barrier_wait(&shared.empty[stage], parity ^ 1);
@@ -544,6 +639,21 @@ __device__ __forceinline__ void make_stages(const AttentionCall &call, const Wid
   }
 }
 
+template <class Shape>
+__device__ __forceinline__ void make_stages(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
+                                            WideShared<Shape> &shared) {
+  const int bits = call.k_bits == call.v_bits ? call.k_bits : 0;
+  if (Shape::kMany && bits == 4) {
+    make_stages_of<Shape, 4, 4>(call, memory, stages, shared);
+  } else if (Shape::kMany && bits == 3) {
+    make_stages_of<Shape, 3, 3>(call, memory, stages, shared);
+  } else if (Shape::kMany && bits == 2) {
+    make_stages_of<Shape, 2, 2>(call, memory, stages, shared);
+  } else {
+    make_stages_of<Shape, 0, 0>(call, memory, stages, shared);
+  }
+}
+
 // ---- consuming them
 
 // The 16 rows of a warp. Lane 4 g + q has rows g and g + 8, of each stage keys 8 n + 2 q and the next.
@@ -554,8 +664,8 @@ class WideRows {
   static constexpr bool kWarpgroup = Shape::kMany && kHasWgmma;
 
   // `queries`: of the warp's warpgroup, or of all, in shared memory.
-  __device__ WideRows(const AttentionCall &call, uint8_t *queries)
-      : call_(call), queries_(queries), lane_(lane_index()), g_(lane_ / 4), q_(lane_ % 4) {}
+  __device__ WideRows(const AttentionCall &call, uint8_t *queries, RowLimits *limits)
+      : call_(call), queries_(queries), limits_(limits), lane_(lane_index()), g_(lane_ / 4), q_(lane_ % 4) {}
 
   // `first_row`: of the warp's in the segment.
   __device__ void begin(const WideItem &wide, int first_row) {
@@ -574,27 +684,28 @@ class WideRows {
       const int row = first_row + g_ + 8 * i,
                 token = wide.item.token_block * call_.block_tokens + row / call_.block_heads;
       const int in_group = wide.item.head_part * call_.block_heads + row % call_.block_heads;
-      low_[i] = wide.low, high_[i] = wide.high;
-      gain_[i] = offset_[i] = slope_[i] = 0;
-      shift_[i] = 0;
+      RowLimits limits{wide.low, wide.high, 0, 0, 0};
+      gain_[i] = 0;
       reference_[i] = -INFINITY;
       sum_[i] = 0;
       if (row < call_.block_tokens * call_.block_heads && token < sequence.q_len && in_group < call_.group) {
         const int head = wide.item.head_pack * call_.group + in_group, at = position(call_, sequence, token);
         const KeyRange keys = visible_keys(call_, sequence, at);
-        low_[i] = max(keys.low - base, wide.low);
-        high_[i] = min(keys.high - base, wide.high);
-        plain_low = max(plain_low, low_[i]);
-        plain_high = min(plain_high, high_[i]);
-        low = min(low, low_[i]);
-        high = max(high, high_[i]);
+        limits.low = max(keys.low - base, wide.low);
+        limits.high = min(keys.high - base, wide.high);
+        plain_low = max(plain_low, limits.low);
+        plain_high = min(plain_high, limits.high);
+        low = min(low, limits.low);
+        high = max(high, limits.high);
         const QueryRow &query = call_.query_rows[int64_t{sequence.begin + token} * call_.q_heads + head];
         gain_[i] = is_new_ ? call_.new_gain : query.gain;
-        offset_[i] = is_new_ ? 0.0f : query.offset;
-        if (call_.alibi_slopes != nullptr) slope_[i] = call_.alibi_slopes[head] * kLog2E;
-        shift_[i] = base - at;
+        if (!is_new_) limits.offset = query.offset;
+        if (call_.alibi_slopes != nullptr) limits.slope = call_.alibi_slopes[head] * kLog2E;
+        limits.shift = base - at;
       }
+      if (q_ == 0) limits_[g_ + 8 * i] = limits;
     }
+    __syncwarp();
 #pragma unroll
     for (int lane = 4; lane < 32; lane *= 2) {
       plain_low = max(plain_low, __shfl_xor_sync(kAll, plain_low, lane));
@@ -688,7 +799,7 @@ class WideRows {
     float sum = sum_[i];
     sum += __shfl_xor_sync(kAll, sum, 1);
     sum += __shfl_xor_sync(kAll, sum, 2);
-    return make_float2(reference_[i] + (adjusted_ ? 0.0f : offset_[i]), sum);
+    return make_float2(reference_[i] + (adjusted_ ? 0.0f : limits_[g_ + 8 * i].offset), sum);
   }
 
   float out_[kValueTiles][4];
@@ -735,7 +846,7 @@ class WideRows {
         for (int i = 0; i < 4; ++i) s[n][i] = 0;
       }
       const uint32_t k_lane = k + uint32_t(lane_ / 8 % 2 * Shape::kChunkBytes + (lane_ / 16 * 8 + lane_ % 8) * 16);
-      const int warp_row = Shape::kMany ? int(threadIdx.x) / 32 % 4 * 16 : 0;
+      const int warp_row = Shape::kMany ? warp_index() % 4 * 16 : 0;
       uint32_t q_lane = queries + uint32_t(lane_ / 16 * Shape::kQueryChunkBytes + (warp_row + lane_ % 16) * 16);
 #pragma unroll 1
       for (int part = 0; part < query_parts_; ++part, q_lane += Shape::kQueryPartBytes) {
@@ -821,11 +932,12 @@ class WideRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] *= (i % 2 == 0 ? k_scale.x : k_scale.y) * gain_[i / 2];
     }
+    const RowLimits limits[2] = {limits_[g_], limits_[g_ + 8]};
     if (adjusted_) {
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] += offset_[i / 2];
+        for (int i = 0; i < 4; ++i) s[n][i] += limits[i / 2].offset;
       }
     }
     if (call_.soft_cap > 0) {  // cap * tanh(x / cap)
@@ -844,7 +956,7 @@ class WideRows {
       for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          s[n][i] = __fmaf_rn(slope_[i / 2], float(key + 8 * n + i % 2 + shift_[i / 2]), s[n][i]);
+          s[n][i] = __fmaf_rn(limits[i / 2].slope, float(key + 8 * n + i % 2 + limits[i / 2].shift), s[n][i]);
         }
       }
     }
@@ -857,7 +969,7 @@ class WideRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = i / 2, at = key + 8 * n + i % 2;
-        const bool sees = at >= low_[row] && at < high_[row] && (shown >> (i % 2) & 1) != 0;
+        const bool sees = at >= limits[row].low && at < limits[row].high && (shown >> (i % 2) & 1) != 0;
         s[n][i] = sees ? s[n][i] : -INFINITY;
         seen |= sees ? 1u << (4 * n + i) : 0u;
         most[row] = fmaxf(most[row], s[n][i]);
@@ -1040,6 +1152,7 @@ class WideRows {
 
   const AttentionCall &call_;
   uint8_t *queries_;
+  RowLimits *limits_;  // of the warp's rows, in shared memory
   const int lane_, g_, q_;
 
   // The item's.
@@ -1047,8 +1160,7 @@ class WideRows {
   int query_parts_;
   RowRanges ranges_;
   // Of the lane's rows.
-  int low_[2], high_[2], shift_[2];  // key + shift: its position less the row's
-  float gain_[2], offset_[2], slope_[2];
+  float gain_[2];
 
  public:
   float sum_[2];
@@ -1149,10 +1261,10 @@ __device__ __forceinline__ void write_shared_rows(const AttentionCall &call, int
 template <class Shape>
 __device__ __forceinline__ void consume_stages(const AttentionCall &call, const WideMemory &memory, uint8_t *queries,
                                                const uint8_t *stages, WideShared<Shape> &shared) {
-  const int warp = int(threadIdx.x) / 32, lane = lane_index();
+  const int warp = warp_index(), lane = lane_index();
   const int first_row = Shape::kMany ? 16 * warp : 0, in_stage = Shape::kMany ? 0 : warp * Shape::kKeys;
   const int group = first_row / Shape::kQueryRows, in_group = first_row % Shape::kQueryRows;
-  WideRows<Shape> rows(call, queries + group * 2 * Shape::kQueryPartBytes);
+  WideRows<Shape> rows(call, queries + group * 2 * Shape::kQueryPartBytes, shared.limits[warp]);
   const BlockItems block = call.block_items[blockIdx.x];
   int stage = 0;
   uint32_t parity = 0;
