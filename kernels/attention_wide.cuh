@@ -473,8 +473,9 @@ __device__ __forceinline__ void copy_rows(const uint8_t *row, int dim, bool alig
   }
 }
 
-// The tiles that a maker makes for a block's items, one after the other: kMakerTiles of every step.
-template <class Shape>
+// The tiles that a maker makes for a block's items, one after the other: kMakerTiles of every step. kCoded: no side of
+// pages is raw.
+template <class Shape, bool kCoded>
 class MakerTiles {
  public:
   // `item`: of the maker's own, in shared memory; `some_memory`: as for find_place().
@@ -530,7 +531,8 @@ class MakerTiles {
     const int32_t id = next_.key == first_ + row ? next_.id : table[block];
     if (id < 0 || id >= call_.pool.num_blocks) return false;
     const uint8_t *at = base_ + id * call_.pool.block_stride + (tile - block * tiles_) * call_.pool.tile_stride;
-    const bool of_k = lane < kTileTokens, raw_k = call_.k_bits == kRawBits, raw_v = call_.v_bits == kRawBits;
+    const bool of_k = lane < kTileTokens, raw_k = !kCoded && call_.k_bits == kRawBits,
+               raw_v = !kCoded && call_.v_bits == kRawBits;
     place.k = at + (raw_k ? row * call_.head_dim_k * 2 : 0);
     place.v = at + call_.pool.v_codes + (raw_v ? row * call_.head_dim_v * 2 : 0);
     place.row = row;
@@ -572,10 +574,10 @@ struct TileCodes {
 
   __device__ __forceinline__ void load(const AttentionCall &call) {
     if (place.is_new) return;
-    if (call.k_bits != kRawBits) {
+    if (kBitsK != 0 || call.k_bits != kRawBits) {
       with_bits<kBitsK>(call.k_bits, [&](auto bits) { keys.template load<bits>(call, place); });
     }
-    if (call.v_bits != kRawBits) {
+    if (kBitsV != 0 || call.v_bits != kRawBits) {
       with_bits<kBitsV>(call.v_bits, [&](auto bits) { values.template load<bits>(call, place); });
     }
   }
@@ -584,7 +586,8 @@ struct TileCodes {
   __device__ __forceinline__ void expand(const AttentionCall &call, int first, StageKeys<Shape> &described,
                                          uint8_t *k_side, uint8_t *v_side) const {
     const int lane = lane_index();
-    const bool of_k = lane < kTileTokens, raw = place.is_new || (of_k ? call.k_bits : call.v_bits) == kRawBits;
+    const bool of_k = lane < kTileTokens;
+    const bool raw = place.is_new || (of_k ? kBitsK == 0 && call.k_bits == kRawBits : kBitsV == 0 && call.v_bits == kRawBits);
     float scale = raw ? 1.0f : scale_from_bits(of_k ? call.k_scale_type : call.v_scale_type, place.scale);
     if ((place.shown >> lane % kTileTokens & 1) == 0) scale = 0;
     float most = scale;
@@ -596,12 +599,12 @@ struct TileCodes {
       described.exponent[first / kTileTokens] = float((__float_as_uint(most) >> 23 & 0xff)) - 126.0f;
     }
     k_side += 16 * first, v_side += 16 * first;
-    if (place.is_new || call.k_bits == kRawBits) {
+    if (place.is_new || (kBitsK == 0 && call.k_bits == kRawBits)) {
       copy_rows<Shape>(place.k, call.head_dim_k, !place.is_new || call.k_new.aligned != 0, k_side);
     } else {
       with_bits<kBitsK>(call.k_bits, [&](auto bits) { keys.template expand<bits>(call, k_side); });
     }
-    if (place.is_new || call.v_bits == kRawBits) {
+    if (place.is_new || (kBitsV == 0 && call.v_bits == kRawBits)) {
       copy_rows<Shape>(place.v, call.head_dim_v, !place.is_new || call.v_new.aligned != 0, v_side);
     } else {
       with_bits<kBitsV>(call.v_bits, [&](auto bits) { values.template expand<bits>(call, v_side); });
@@ -614,7 +617,7 @@ template <class Shape, int kBitsK, int kBitsV>
 __device__ __forceinline__ void make_stages_of(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
                                             WideShared<Shape> &shared) {
   const int maker = warp_index() - Shape::kConsumers;
-  MakerTiles<Shape> tiles(call, maker, &shared.items[maker], stages);
+  MakerTiles<Shape, kBitsK != 0> tiles(call, maker, &shared.items[maker], stages);
   int stage = 0, in_stage = 0;
   uint32_t parity = 0;
   TileCodes<Shape, kBitsK, kBitsV> codes;

@@ -335,7 +335,7 @@ TEST_CASE("subnormal f16 vectors with an fp16 scale keep their size") {
   }
 }
 
-TEST_CASE("bf16 rows of dense rotations have the squared error of f32 rows") {
+TEST_CASE("bf16 rows of dense rotations have the squared error of f32 rows", "[slow]") {
   FRESH(random, "codec dense bf16");
   for (const Target &target : targets()) {
     if (target.device->kind() == TQ_DEVICE_CPU && target.simd != targets().front().simd) continue;

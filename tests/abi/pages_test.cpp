@@ -267,7 +267,7 @@ void check_store(const Target &target, Random &random, const tq_config &config) 
 
 }  // namespace
 
-TEST_CASE("the layout's numbers follow from the byte order") {
+TEST_CASE("the layout's numbers follow from the byte order", "[slow]") {
   FRESH(random, "pages layout");
   for (int round = 0; round < 200; ++round) {
     ConfigStorage storage;

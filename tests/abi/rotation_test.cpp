@@ -75,7 +75,7 @@ TEST_CASE("base matrices are Hadamard matrices") {
   }
 }
 
-TEST_CASE("Hadamard rotations are those of the specification, on every target") {
+TEST_CASE("Hadamard rotations are those of the specification, on every target", "[slow]") {
   FRESH(random, "rotation hadamard");
   for (const Target &target : targets()) {
     for (int head_dim = 16; head_dim <= 576; head_dim += 16) {
