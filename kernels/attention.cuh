@@ -656,6 +656,7 @@ class WarpRows {
   __device__ void begin(const ListedItem &listed, int pack_head, int number) {
     const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states());
     plain_end_ = number >= plain.x ? plain.y : 0;
+    if (call_.soft_cap > 0) gain_ = fminf(gain_ * call_.cap_factor, 0x1p100f);
 #pragma unroll
     for (int n = 0; n < V::kColumns; ++n) {
 #pragma unroll
@@ -803,12 +804,13 @@ class WarpRows {
     }
     if (number + kStepTiles <= plain_end_) {
       if (call_.soft_cap > 0) {
-        const float offset = row().offset, shift = shifted_ - offset;
+        const float offset = row().offset, start = offset * call_.cap_factor,
+                    end = call_.cap_log2 + (shifted_ - offset);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            y[t][i] = cap(__fmaf_rn(float(scores[t][i]), k_scale[t][i] * gain_, offset)) + shift;
+            y[t][i] = cap(__fmaf_rn(float(scores[t][i]), k_scale[t][i] * gain_, start), end);
           }
         }
       } else {
@@ -852,10 +854,9 @@ class WarpRows {
     if ((steps_ & (steps_ - 1) & (kMostSteps - 1)) == 0) look(number);
   }
 
-  // soft_cap * tanh(x / soft_cap), in units of log2.
-  __device__ float cap(float x) const {
-    return __fmaf_rn(-2.0f * call_.cap_log2, reciprocal_approx(1.0f + exp2_approx(x * call_.cap_factor)),
-                     call_.cap_log2);
+  // soft_cap * tanh(x / soft_cap) in units of log2, plus `end` - cap_log2; of x * cap_factor.
+  __device__ float cap(float x, float end) const {
+    return __fmaf_rn(-2.0f * call_.cap_log2, reciprocal_approx(1.0f + exp2_approx(x)), end);
   }
 
   // y of keys j .. j + 3 with all that changes or hides scores: -infinity where hidden, and there no value.
@@ -864,8 +865,9 @@ class WarpRows {
     const RowState &state = row();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float score = __fmaf_rn(float(scores[i]), k_scale[i] * gain_, state.offset);
-      if (call_.soft_cap > 0) score = cap(score);
+      float score = __fmaf_rn(float(scores[i]), k_scale[i] * gain_,
+                              call_.soft_cap > 0 ? state.offset * call_.cap_factor : state.offset);
+      if (call_.soft_cap > 0) score = cap(score, call_.cap_log2);
       if (call_.alibi_slopes != nullptr) score = __fmaf_rn(state.slope, float(j + i - state.position), score);
       const bool seen = j + i >= state.low && j + i < state.high && (exact >> i & 1) == 0;
       y[i] = seen ? score + (shifted_ - state.offset) : kMinusInfinity;
@@ -1043,7 +1045,7 @@ class WarpRows {
   // The item's.
   uint32_t a_[K::kSteps][4];
   uint32_t bias_;  // of scores
-  float gain_;
+  float gain_;     // with a soft cap times cap_factor
   int plain_end_;  // steps that end there or before need no adjusting
 
   // Of the lane's row and keys.

@@ -157,10 +157,10 @@ __device__ __forceinline__ const uint8_t *pointer_of_lane(const uint8_t *pointer
 
 // Where the keys of a maker's tile are: lanes i and i + 16 have key i.
 struct KeyPlace {
-  const uint8_t *k, *v;  // of a raw side the key's row, null where it is hidden; else its tile's codes
-  int32_t row;           // in the tile
-  uint32_t scale;        // bits of K's in lanes 0 .. 15, of V's in the others
-  uint32_t shown;        // bits of keys that are read here and that some row sees
+  const uint8_t *k, *v;   // of a raw side the key's row, null where it is hidden; else its tile's codes
+  int32_t row;            // in the tile
+  uint32_t scale;         // bits of K's in lanes 0 .. 15, of V's in the others
+  uint32_t shown;         // bits of keys that are read here and that some row sees
   bool is_new, one_tile;  // one_tile: lane i has row i % 16 of the same tile
 };
 
@@ -227,11 +227,20 @@ __device__ __forceinline__ KeyPlace find_place(const AttentionCall &call, const 
 template <int kFixed, class Body>
 __device__ __forceinline__ void with_bits(int bits, Body &&body) {
   switch (kFixed != 0 ? kFixed : bits) {
-    case 1: body(std::integral_constant<int, 1>{}); break;
-    case 2: body(std::integral_constant<int, 2>{}); break;
-    case 3: body(std::integral_constant<int, 3>{}); break;
-    case 4: body(std::integral_constant<int, 4>{}); break;
-    default: body(std::integral_constant<int, 8>{});
+    case 1:
+      body(std::integral_constant<int, 1>{});
+      break;
+    case 2:
+      body(std::integral_constant<int, 2>{});
+      break;
+    case 3:
+      body(std::integral_constant<int, 3>{});
+      break;
+    case 4:
+      body(std::integral_constant<int, 4>{});
+      break;
+    default:
+      body(std::integral_constant<int, 8>{});
   }
 }
 
@@ -587,7 +596,8 @@ struct TileCodes {
                                          uint8_t *k_side, uint8_t *v_side) const {
     const int lane = lane_index();
     const bool of_k = lane < kTileTokens;
-    const bool raw = place.is_new || (of_k ? kBitsK == 0 && call.k_bits == kRawBits : kBitsV == 0 && call.v_bits == kRawBits);
+    const bool raw =
+        place.is_new || (of_k ? kBitsK == 0 && call.k_bits == kRawBits : kBitsV == 0 && call.v_bits == kRawBits);
     float scale = raw ? 1.0f : scale_from_bits(of_k ? call.k_scale_type : call.v_scale_type, place.scale);
     if ((place.shown >> lane % kTileTokens & 1) == 0) scale = 0;
     float most = scale;
@@ -615,7 +625,7 @@ struct TileCodes {
 // Codes are loaded a tile before they are expanded, and a block's id a tile before that: nothing here waits for memory.
 template <class Shape, int kBitsK, int kBitsV>
 __device__ __forceinline__ void make_stages_of(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
-                                            WideShared<Shape> &shared) {
+                                               WideShared<Shape> &shared) {
   const int maker = warp_index() - Shape::kConsumers;
   MakerTiles<Shape, kBitsK != 0> tiles(call, maker, &shared.items[maker], stages);
   int stage = 0, in_stage = 0;
@@ -724,7 +734,9 @@ class WideRows {
     }
   }
 
-  __device__ const RowRanges &ranges() const { return ranges_; }
+  __device__ const RowRanges &ranges() const {
+    return ranges_;
+  }
 
   // Of now on ranges are those of all rows of the warpgroup, whose warps have these.
   __device__ void join(const RowRanges *of_warps) {
@@ -756,8 +768,8 @@ class WideRows {
             int64_t{wide.sequence.begin + token} * call_.q_heads + wide.item.head_pack * call_.group + in_group;
         value = *reinterpret_cast<const uint4 *>(from + (at * parts + part) * part_bytes + 16 * chunk);
       }
-      *reinterpret_cast<uint4 *>(queries_ + part * Shape::kQueryPartBytes + chunk * Shape::kQueryChunkBytes + 16 * row) =
-          value;
+      *reinterpret_cast<uint4 *>(queries_ + part * Shape::kQueryPartBytes + chunk * Shape::kQueryChunkBytes +
+                                 16 * row) = value;
     }
   }
 

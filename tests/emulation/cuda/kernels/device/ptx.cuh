@@ -282,8 +282,8 @@ void wgmma_rounded(float (&d)[kColumns / 2], const uint32_t *a, uint64_t a_descr
     });
     // Matrices of 8 rows of 16 bytes: (x, y) is y % 8 of row x % 8 of one of them.
     const auto element = [](uint64_t descriptor, unsigned x, unsigned y, uint64_t x_stride, uint64_t y_stride) {
-      const uintptr_t at = shared_window() + 16 * (descriptor & 0x3fff) + x / 8 * 16 * x_stride + y / 8 * 16 * y_stride +
-                           16 * (x % 8) + 2 * (y % 8);
+      const uintptr_t at = shared_window() + 16 * (descriptor & 0x3fff) + x / 8 * 16 * x_stride +
+                           y / 8 * 16 * y_stride + 16 * (x % 8) + 2 * (y % 8);
       return f64_from_half<kBf16>(*reinterpret_cast<const uint16_t *>(at));
     };
     const auto k_stride = [](uint64_t descriptor) { return descriptor >> 16 & 0x3fff; };
@@ -292,9 +292,8 @@ void wgmma_rounded(float (&d)[kColumns / 2], const uint32_t *a, uint64_t a_descr
     for (unsigned row = 0; row < 16; ++row) {
       for (unsigned k = 0; k < 16; ++k) {
         const uint32_t *words = all[4 * (row % 8) + k % 8 / 2].a;
-        x[row][k] = words == nullptr
-                        ? element(left, 16 * all[0].warp + row, k, other_stride(left), k_stride(left))
-                        : f64_from_half<kBf16>(words[row / 8 + 2 * (k / 8)] >> (16 * (k % 2)) & 0xffff);
+        x[row][k] = words == nullptr ? element(left, 16 * all[0].warp + row, k, other_stride(left), k_stride(left))
+                                     : f64_from_half<kBf16>(words[row / 8 + 2 * (k / 8)] >> (16 * (k % 2)) & 0xffff);
       }
     }
     for (unsigned column = 0; column < kColumns; ++column) {
