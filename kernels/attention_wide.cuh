@@ -1336,6 +1336,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     for (int at = 16 * int(threadIdx.x); at < memory.stages * 2 * Shape::kSideBytes; at += 16 * Shape::kThreads) {
       *reinterpret_cast<uint4 *>(stages + at) = make_uint4(0, 0, 0, 0);
     }
+    if constexpr (Shape::kMany && kHasWgmma) wgmma_memory_fence();
   }
   __syncthreads();
   grid_dependency_wait();
