@@ -275,26 +275,26 @@ __device__ __forceinline__ uint4 levels_of_bytes(uint32_t first, uint32_t second
   return make_uint4(pair(first, 0x4140), pair(first, 0x4342), pair(second, 0x4140), pair(second, 0x4342));
 }
 
-// Nibbles with the 1-bit plane's bits of octet o, of the word or half word that has it.
-__device__ __forceinline__ uint32_t ones_of(uint32_t word, int octet, bool half) {
-  if (!half) return word >> ones_bit(octet) & 0x11111111;
+// Nibbles with the 1-bit plane's bits of octet o, of the word that has it; whatever the order of the word's bytes.
+__device__ __forceinline__ uint32_t ones_of(uint32_t word, int octet) {
+  return word >> ones_bit(octet) & 0x11111111;
+}
+// The same of the half word that ends a row of 16 channels more than full words.
+__device__ __forceinline__ uint32_t ones_of_half(uint32_t word, int octet) {
   const uint32_t field = word >> (2 * (octet & 1));
   return (field & 0x1111) | (field & 0x2222) << 15;
 }
 
-// The codes of an octet, in `word` and `ones` as the planes have them.
-__device__ __forceinline__ uint4 expand_octet(const HalfTable &table, int bits, uint32_t word, uint32_t second,
-                                              uint32_t ones, int octet, bool half) {
-  if (bits == 8) return levels_of_bytes(word, second);
-  if (bits == 4) return levels_of(table, word & 0x77777777, word);
-  uint32_t nibbles = 0;
-  if (bits != 1) nibbles = word >> (2 * (octet & 1)) & 0x33333333;
-  if (bits == 3) nibbles |= ones_of(ones, octet, half) << 2;
-  if (bits == 1) nibbles = ones_of(ones, octet, half);
-  return levels_of(table, nibbles, 0);
+// Level indices in nibbles of an octet of 1, 2 or 3 bits, of the word of the 2-bit plane and the nibbles of the other.
+template <int bits>
+__device__ __forceinline__ uint32_t indices_of(uint32_t word, uint32_t ones, int octet) {
+  if (bits == 1) return ones;
+  const uint32_t two = word >> (2 * (octet & 1)) & 0x33333333;
+  return bits == 2 ? two : two | ones << 2;
 }
 
-// Codes of K of a maker's tile: a piece is 16 channels of a key. Neighbouring lanes have different keys.
+// Codes of K of a maker's tile: a piece is 16 channels of a key. Neighbouring lanes have different keys. kWhole: head_dim is
+// a multiple of 32.
 template <class Shape>
 struct KeyCodes {
   static constexpr int kUnits = Shape::kDim / 16, kPieces = kUnits / 2;  // of a key, of a lane
@@ -303,7 +303,7 @@ struct KeyCodes {
   __device__ static int key_of(int i) { return 8 * (i / (kUnits / 4)) + lane_index() % 8; }
   __device__ static int unit_of(int i) { return i % (kUnits / 4) * 4 + lane_index() / 8; }
 
-  template <int bits>
+  template <int bits, bool kWhole>
   __device__ __forceinline__ void load(const AttentionCall &call, const KeyPlace &place) {
     const int dim = call.head_dim_k;
 #pragma unroll
@@ -330,7 +330,7 @@ struct KeyCodes {
           if (bits != 1) word[i][0] = *reinterpret_cast<const uint32_t *>(codes + 4 * unit);
           if (bits != 2) {
             const uint8_t *at = ones + (unit >> 1) * 4;
-            if (dim % 32 == 0) {
+            if (kWhole || dim % 32 == 0) {
               word[i][3] = *reinterpret_cast<const uint32_t *>(at);
             } else {  // half words; the last unit has one
               word[i][3] = *reinterpret_cast<const uint16_t *>(at);
@@ -343,21 +343,43 @@ struct KeyCodes {
   }
 
   // `side`: of the tile's first key.
-  template <int bits>
+  template <int bits, bool kWhole>
   __device__ __forceinline__ void expand(const AttentionCall &call, uint8_t *side) const {
+    if (!kWhole && (bits == 1 || bits == 3) && call.head_dim_k % 32 != 0) {
+      expand_pieces<bits, true>(call, side);
+    } else {
+      expand_pieces<bits, false>(call, side);
+    }
+  }
+
+ private:
+  template <int bits, bool kHalves>
+  __device__ __forceinline__ void expand_pieces(const AttentionCall &call, uint8_t *side) const {
     const HalfTable table{{call.k_halves[0], call.k_halves[1]}, {call.k_halves[2], call.k_halves[3]}};
     const int dim = call.head_dim_k;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int key = key_of(i), unit = unit_of(i);
       if (16 * unit >= dim) continue;
-      const bool half = 16 * unit >= (dim & ~31);
-      const uint32_t ones = dim % 32 == 0 || half ? word[i][3] : word[i][3] | word[i][2] << 16;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t first = bits == 8 ? word[i][2 * h] : bits == 4 ? word[i][h] : word[i][0];
-        *reinterpret_cast<uint4 *>(chunk_at<Shape>(side, key, 2 * unit + h)) =
-            expand_octet(table, bits, first, word[i][2 * h + 1], ones, 2 * unit + h, half);
+        const int octet = 2 * (lane_index() / 8) + h;  // modulo 4
+        uint4 levels;
+        if (bits == 8) {
+          levels = levels_of_bytes(word[i][2 * h], word[i][2 * h + 1]);
+        } else if (bits == 4) {
+          levels = levels_of(table, word[i][h] & 0x77777777, word[i][h]);
+        } else {
+          uint32_t ones = 0;
+          if (kHalves) {
+            ones = 16 * unit >= (dim & ~31) ? ones_of_half(word[i][3], octet)
+                                            : ones_of(word[i][3] | word[i][2] << 16, octet);
+          } else if (bits != 2) {
+            ones = ones_of(word[i][3], octet);
+          }
+          levels = levels_of(table, indices_of<bits>(word[i][0], ones, octet), 0);
+        }
+        *reinterpret_cast<uint4 *>(chunk_at<Shape>(side, key, 2 * unit + h)) = levels;
       }
     }
   }
@@ -383,7 +405,7 @@ struct ValueCodes {
   __device__ static int octet_of(int i) { return 8 * i + lane_index() % 8; }
   __device__ static int first_key() { return lane_index() / 8 * 4; }
 
-  template <int bits>
+  template <int bits, bool kWhole>
   __device__ __forceinline__ void load(const AttentionCall &call, const KeyPlace &place) {
     const int dim = call.head_dim_v;
     int row = first_key();
@@ -396,7 +418,7 @@ struct ValueCodes {
     // Bytes 4 `word` .. of the keys, of a plane of `bytes` bytes at `plane` from the tile's codes on.
     const auto load_word = [&](int plane, int bytes, int word) {
       if (bytes <= 4 * word) word = 0;  // of channels that there are not
-      const bool halves = (bits == 1 || bits == 3) && bytes % 4 != 0;
+      const bool halves = !kWhole && (bits == 1 || bits == 3) && bytes % 4 != 0;
       const int word_bytes = halves && bytes - 4 * word < 4 ? 2 : 4;
       if (together) {
         const uint8_t *at = codes + plane + 64 * word + 4 * word_bytes * (row >> 2);
@@ -439,22 +461,50 @@ struct ValueCodes {
   }
 
   // `side`: of the tile's first key.
-  template <int bits>
+  template <int bits, bool kWhole>
   __device__ __forceinline__ void expand(const AttentionCall &call, uint8_t *side) const {
+    if (!kWhole && (bits == 1 || bits == 3) && call.head_dim_v % 32 != 0) {
+      expand_pieces<bits, true>(call, side);
+    } else {
+      expand_pieces<bits, false>(call, side);
+    }
+  }
+
+ private:
+  template <int bits, bool kHalves>
+  __device__ __forceinline__ void expand_pieces(const AttentionCall &call, uint8_t *side) const {
     const HalfTable table{{call.v_halves[0], call.v_halves[1]}, {call.v_halves[2], call.v_halves[3]}};
-    const int dim = call.head_dim_v;
+    const int dim = call.head_dim_v, o = lane_index() % 4;  // the octet modulo 4
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int key = first_key(), octet = octet_of(i);
       if (8 * octet >= dim) continue;
-      const bool half = 8 * octet >= (dim & ~31);
-      const uint4 words = tokens_of(first[i]);
-      uint4 others = make_uint4(0, 0, 0, 0);
-      if (bits == 8 || bits == 3 || bits == 1) others = tokens_of(second[i]);
+      uint4 words = first[i], others = make_uint4(0, 0, 0, 0);
+      if (bits == 8 || kHalves) {
+        others = tokens_of(second[i]);
+      } else if (bits < 4) {
+        const uint4 ones = bits == 2 ? second[i]
+                                     : make_uint4(ones_of(second[i].x, o), ones_of(second[i].y, o),
+                                                  ones_of(second[i].z, o), ones_of(second[i].w, o));
+        words = make_uint4(indices_of<bits>(words.x, ones.x, o), indices_of<bits>(words.y, ones.y, o),
+                           indices_of<bits>(words.z, ones.z, o), indices_of<bits>(words.w, ones.w, o));
+      }
+      words = tokens_of(words);
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        *reinterpret_cast<uint4 *>(chunk_at<Shape>(side, key + t, octet)) =
-            expand_octet(table, bits, word_of(words, t), word_of(others, t), word_of(others, t), octet, half);
+        const uint32_t word = word_of(words, t), other = word_of(others, t);
+        uint4 levels;
+        if (bits == 8) {
+          levels = levels_of_bytes(word, other);
+        } else if (bits == 4) {
+          levels = levels_of(table, word & 0x77777777, word);
+        } else if (kHalves) {
+          const uint32_t ones = 8 * octet >= (dim & ~31) ? ones_of_half(other, o) : ones_of(other, o);
+          levels = levels_of(table, indices_of<bits>(word, ones, o), 0);
+        } else {
+          levels = levels_of(table, word, 0);
+        }
+        *reinterpret_cast<uint4 *>(chunk_at<Shape>(side, key + t, octet)) = levels;
       }
     }
   }
@@ -573,8 +623,8 @@ class MakerTiles {
   NextBlock next_;
 };
 
-// A tile in registers of its maker. Bits: of every coded tile of the call, or 0. Where they are not fixed, what is loaded
-// may be waited for to be moved.
+// A tile in registers of its maker. Bits: of every tile of pages, whose head_dims are multiples of 32, or 0. Where they are
+// not fixed, what is loaded may be waited for to be moved.
 template <class Shape, int kBitsK, int kBitsV>
 struct TileCodes {
   KeyPlace place;
@@ -584,10 +634,10 @@ struct TileCodes {
   __device__ __forceinline__ void load(const AttentionCall &call) {
     if (place.is_new) return;
     if (kBitsK != 0 || call.k_bits != kRawBits) {
-      with_bits<kBitsK>(call.k_bits, [&](auto bits) { keys.template load<bits>(call, place); });
+      with_bits<kBitsK>(call.k_bits, [&](auto bits) { keys.template load<bits, kBitsK != 0>(call, place); });
     }
     if (kBitsV != 0 || call.v_bits != kRawBits) {
-      with_bits<kBitsV>(call.v_bits, [&](auto bits) { values.template load<bits>(call, place); });
+      with_bits<kBitsV>(call.v_bits, [&](auto bits) { values.template load<bits, kBitsV != 0>(call, place); });
     }
   }
 
@@ -612,12 +662,12 @@ struct TileCodes {
     if (place.is_new || (kBitsK == 0 && call.k_bits == kRawBits)) {
       copy_rows<Shape>(place.k, call.head_dim_k, !place.is_new || call.k_new.aligned != 0, k_side);
     } else {
-      with_bits<kBitsK>(call.k_bits, [&](auto bits) { keys.template expand<bits>(call, k_side); });
+      with_bits<kBitsK>(call.k_bits, [&](auto bits) { keys.template expand<bits, kBitsK != 0>(call, k_side); });
     }
     if (place.is_new || (kBitsV == 0 && call.v_bits == kRawBits)) {
       copy_rows<Shape>(place.v, call.head_dim_v, !place.is_new || call.v_new.aligned != 0, v_side);
     } else {
-      with_bits<kBitsV>(call.v_bits, [&](auto bits) { values.template expand<bits>(call, v_side); });
+      with_bits<kBitsV>(call.v_bits, [&](auto bits) { values.template expand<bits, kBitsV != 0>(call, v_side); });
     }
   }
 };
@@ -655,7 +705,7 @@ __device__ __forceinline__ void make_stages_of(const AttentionCall &call, const 
 template <class Shape>
 __device__ __forceinline__ void make_stages(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
                                             WideShared<Shape> &shared) {
-  const int bits = call.k_bits == call.v_bits ? call.k_bits : 0;
+  const int bits = call.k_bits == call.v_bits && (call.head_dim_k | call.head_dim_v) % 32 == 0 ? call.k_bits : 0;
   if (Shape::kMany && bits == 4) {
     make_stages_of<Shape, 4, 4>(call, memory, stages, shared);
   } else if (Shape::kMany && bits == 3) {
