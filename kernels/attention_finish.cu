@@ -623,6 +623,7 @@ class RawPart {
       sum += weight;
     }
     sum = warp_sum(sum);
+    __syncwarp();  // all lanes have read the state
     if (lane != 0) return;
     const float correction = before.max == max ? 1.0f : exp2f(before.max - max);
     shared_.corrections[r] = correction;
