@@ -198,52 +198,44 @@ __device__ __forceinline__ void wgmma_memory_fence() {
   TQKV_WGMMA("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Operands of sums: constraints of 4, 16 registers from i on; names of those of 32 and 64 columns.
+#define TQKV_D4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define TQKV_D16(c, i) TQKV_D4(c, i), TQKV_D4(c, i + 4), TQKV_D4(c, i + 8), TQKV_D4(c, i + 12)
+#define TQKV_N32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define TQKV_N64                                                                                                    \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31}"
 template <int kColumns, bool kFirst, bool kMinus>
 __device__ __forceinline__ void wgmma_m64k16(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b) {
   static_assert(kColumns == 64 || kColumns == 32);
-#define TQKV_D4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
-#define TQKV_D16(c, i) TQKV_D4(c, i), TQKV_D4(c, i + 4), TQKV_D4(c, i + 8), TQKV_D4(c, i + 12)
-#define TQKV_D64                                                                                                     \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%" \
-  "30,%31}"
-#define TQKV_D32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
 #define TQKV_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(!kFirst)), "n"(kMinus ? -1 : 1)
   if constexpr (kColumns == 64 && kFirst) {
-    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " TQKV_D64
+    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " TQKV_N64
                ", {%32,%33,%34,%35}, %36, p, 1, %38, 0; }"
                : TQKV_D16("=f", 0), TQKV_D16("=f", 16)
                : TQKV_A);
   } else if constexpr (kColumns == 64) {
-    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " TQKV_D64
+    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " TQKV_N64
                ", {%32,%33,%34,%35}, %36, p, 1, %38, 0; }"
                : TQKV_D16("+f", 0), TQKV_D16("+f", 16)
                : TQKV_A);
   } else if constexpr (kFirst) {
-    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " TQKV_D32
+    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " TQKV_N32
                ", {%16,%17,%18,%19}, %20, p, 1, %22, 0; }"
                : TQKV_D16("=f", 0)
                : TQKV_A);
   } else {
-    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " TQKV_D32
+    TQKV_WGMMA("{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 " TQKV_N32
                ", {%16,%17,%18,%19}, %20, p, 1, %22, 0; }"
                : TQKV_D16("+f", 0)
                : TQKV_A);
   }
-#undef TQKV_D4
-#undef TQKV_D16
-#undef TQKV_D64
-#undef TQKV_D32
 #undef TQKV_A
 }
 
 // The same with f16 or bf16, whose sums may be rounded towards zero in any order. A [64, 16] in shared memory, as B is, with
 // descriptor `a`, rows for columns and columns for rows; d = A B with kFirst, else d += A B.
-#define TQKV_D4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
-#define TQKV_D16(c, i) TQKV_D4(c, i), TQKV_D4(c, i + 4), TQKV_D4(c, i + 8), TQKV_D4(c, i + 12)
 #define TQKV_D32(c, i) TQKV_D16(c, i), TQKV_D16(c, i + 16)
-#define TQKV_N64                                                                                                    \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
-  "%30,%31}"
 #define TQKV_N128                                                                                                   \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
   "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"    \
@@ -309,6 +301,7 @@ __device__ __forceinline__ void wgmma_m64k16_transposed(float (&d)[kColumns / 2]
 #undef TQKV_D4
 #undef TQKV_D16
 #undef TQKV_D32
+#undef TQKV_N32
 #undef TQKV_N64
 #undef TQKV_N128
 #undef TQKV_N256
