@@ -164,11 +164,25 @@ struct KeyPlace {
   bool is_new, one_tile;  // one_tile: lane i has row i % 16 of the same tile
 };
 
+// The key's place in a tile of pages. kCoded: no side of pages is raw.
+template <bool kCoded>
+__device__ __forceinline__ void point_to(const AttentionCall &call, const uint8_t *tile, bool seen, KeyPlace &place) {
+  const bool of_k = lane_index() < kTileTokens, raw_k = !kCoded && call.k_bits == kRawBits,
+             raw_v = !kCoded && call.v_bits == kRawBits;
+  if (seen || !raw_k) place.k = tile + (raw_k ? place.row * call.head_dim_k * 2 : 0);
+  if (seen || !raw_v) place.v = tile + call.pool.v_codes + (raw_v ? place.row * call.head_dim_v * 2 : 0);
+  if (!(of_k ? raw_k : raw_v)) {
+    const int type = of_k ? call.k_scale_type : call.v_scale_type;
+    place.scale = load_scale_bits(
+        type, tile + (of_k ? call.pool.k_scales : call.pool.v_scales) + place.row * (type == TQ_TYPE_F32 ? 4 : 2));
+  }
+}
+
 // The tile that begins with key `first`; the maker's next one begins with `next_first`. Codes of hidden keys may be
-// anything, as all are finite levels: keys without a tile have another's, or some memory of the block's. Nothing here waits
-// for what it loads.
+// anything, as all are finite levels: keys without a tile have another's, or `no_tile`. Nothing here waits for what it
+// loads.
 __device__ __forceinline__ KeyPlace find_place(const AttentionCall &call, const WideItem &wide, int first,
-                                               int next_first, const uint8_t *some_memory, NextBlock &next) {
+                                               int next_first, const uint8_t *no_tile, NextBlock &next) {
   const Sequence &sequence = wide.sequence;
   const AttentionPool &pool = call.pool;
   const int lane = lane_index(), key = first + lane % kTileTokens, kv_head = wide.item.head_pack;
@@ -200,16 +214,9 @@ __device__ __forceinline__ KeyPlace find_place(const AttentionCall &call, const 
     }
     const unsigned have = __ballot_sync(kAll, tile != nullptr);
     const uint8_t *other = pointer_of_lane(tile, have != 0 ? __ffs(int(have)) - 1 : 0);
-    if (tile == nullptr) tile = other;
-    tile = have != 0 ? tile + kv_head * pool.head_stride : some_memory;
-    const bool of_k = lane < kTileTokens, raw_k = call.k_bits == kRawBits, raw_v = call.v_bits == kRawBits;
-    if (seen || !raw_k) place.k = tile + (raw_k ? place.row * call.head_dim_k * 2 : 0);
-    if (seen || !raw_v) place.v = tile + pool.v_codes + (raw_v ? place.row * call.head_dim_v * 2 : 0);
-    if (!(of_k ? raw_k : raw_v)) {
-      const int type = of_k ? call.k_scale_type : call.v_scale_type;
-      place.scale = load_scale_bits(
-          type, tile + (of_k ? pool.k_scales : pool.v_scales) + place.row * (type == TQ_TYPE_F32 ? 4 : 2));
-    }
+    tile = tile != nullptr ? tile : other;
+    tile = tile != nullptr ? tile + kv_head * pool.head_stride : no_tile;
+    point_to<false>(call, tile, seen, place);
   }
   place.shown = __ballot_sync(kAll, seen) & 0xffff;
   next.key = -1;
@@ -241,6 +248,16 @@ __device__ __forceinline__ void with_bits(int bits, Body &&body) {
       break;
     default:
       body(std::integral_constant<int, 8>{});
+  }
+}
+
+// Calls body() with whether a row of the 1-bit plane ends in half a word, as a constant; kWhole: that none does.
+template <int bits, bool kWhole, class Body>
+__device__ __forceinline__ void with_halves(int head_dim, Body &&body) {
+  if (!kWhole && (bits == 1 || bits == 3) && head_dim % 32 != 0) {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
   }
 }
 
@@ -345,11 +362,7 @@ struct KeyCodes {
   // `side`: of the tile's first key.
   template <int bits, bool kWhole>
   __device__ __forceinline__ void expand(const AttentionCall &call, uint8_t *side) const {
-    if (!kWhole && (bits == 1 || bits == 3) && call.head_dim_k % 32 != 0) {
-      expand_pieces<bits, true>(call, side);
-    } else {
-      expand_pieces<bits, false>(call, side);
-    }
+    with_halves<bits, kWhole>(call.head_dim_k, [&](auto halves) { expand_pieces<bits, halves>(call, side); });
   }
 
  private:
@@ -463,11 +476,7 @@ struct ValueCodes {
   // `side`: of the tile's first key.
   template <int bits, bool kWhole>
   __device__ __forceinline__ void expand(const AttentionCall &call, uint8_t *side) const {
-    if (!kWhole && (bits == 1 || bits == 3) && call.head_dim_v % 32 != 0) {
-      expand_pieces<bits, true>(call, side);
-    } else {
-      expand_pieces<bits, false>(call, side);
-    }
+    with_halves<bits, kWhole>(call.head_dim_v, [&](auto halves) { expand_pieces<bits, halves>(call, side); });
   }
 
  private:
@@ -537,12 +546,12 @@ __device__ __forceinline__ void copy_rows(const uint8_t *row, int dim, bool alig
 template <class Shape, bool kCoded>
 class MakerTiles {
  public:
-  // `item`: of the maker's own, in shared memory; `some_memory`: as for find_place().
-  __device__ MakerTiles(const AttentionCall &call, int maker, WideItem *item, const uint8_t *some_memory)
+  // `item`: of the maker's own, in shared memory; `no_tile`: as for find_place().
+  __device__ MakerTiles(const AttentionCall &call, int maker, WideItem *item, const uint8_t *no_tile)
       : call_(call),
         maker_(maker),
         item_(item),
-        some_memory_(some_memory),
+        no_tile_(no_tile),
         next_slot_(call.block_items[blockIdx.x].first),
         end_slot_(next_slot_ + call.block_items[blockIdx.x].count),
         tiles_(uint32_t(max(call.pool.block_size / kTileTokens, 1))),
@@ -554,7 +563,7 @@ class MakerTiles {
     first_ += kStep;
     if (first_ >= end_ && !begin_item()) return false;
     if (first_ < plain_low_ || first_ + kTileTokens > plain_high_ || !find_plain(first_ + kStep, place)) {
-      place = find_place(call_, *item_, first_, first_ + kStep, some_memory_, next_);
+      place = find_place(call_, *item_, first_, first_ + kStep, no_tile_, next_);
     }
     return true;
   }
@@ -584,24 +593,16 @@ class MakerTiles {
 
   // As find_place() for a tile of which every key is seen; false where its block's id is bad.
   __device__ __forceinline__ bool find_plain(int next_first, KeyPlace &place) {
-    const int lane = lane_index(), row = lane % kTileTokens;
+    const int row = lane_index() % kTileTokens;
     const uint32_t tile = uint32_t(first_) / kTileTokens, block = block_of(tile);
     const int32_t *table = item_->sequence.table;
     const int32_t id = next_.key == first_ + row ? next_.id : table[block];
     if (id < 0 || id >= call_.pool.num_blocks) return false;
     const uint8_t *at = base_ + id * call_.pool.block_stride + (tile - block * tiles_) * call_.pool.tile_stride;
-    const bool of_k = lane < kTileTokens, raw_k = !kCoded && call_.k_bits == kRawBits,
-               raw_v = !kCoded && call_.v_bits == kRawBits;
-    place.k = at + (raw_k ? row * call_.head_dim_k * 2 : 0);
-    place.v = at + call_.pool.v_codes + (raw_v ? row * call_.head_dim_v * 2 : 0);
     place.row = row;
     place.shown = 0xffff;
     place.is_new = false, place.one_tile = true;
-    if (!(of_k ? raw_k : raw_v)) {
-      const int type = of_k ? call_.k_scale_type : call_.v_scale_type;
-      place.scale = load_scale_bits(
-          type, at + (of_k ? call_.pool.k_scales : call_.pool.v_scales) + row * (type == TQ_TYPE_F32 ? 4 : 2));
-    }
+    point_to<kCoded>(call_, at, true, place);
     next_.key = -1;
     if (next_first + row < plain_high_) {
       next_.key = next_first + row;
@@ -613,7 +614,7 @@ class MakerTiles {
   const AttentionCall &call_;
   const int maker_;
   WideItem *const item_;
-  const uint8_t *const some_memory_;
+  const uint8_t *const no_tile_;
   int32_t next_slot_;
   const int32_t end_slot_;
   const uint32_t tiles_, reciprocal_;  // of a block; 2^32 divided by that, rounded up
@@ -677,7 +678,9 @@ template <class Shape, int kBitsK, int kBitsV>
 __device__ __forceinline__ void make_stages_of(const AttentionCall &call, const WideMemory &memory, uint8_t *stages,
                                                WideShared<Shape> &shared) {
   const int maker = warp_index() - Shape::kConsumers;
-  MakerTiles<Shape, kBitsK != 0> tiles(call, maker, &shared.items[maker], stages);
+  // Not the stages where it can be avoided: others write there.
+  const uint8_t *no_tile = call.pool.num_blocks > 0 ? call.pool.base : stages;
+  MakerTiles<Shape, kBitsK != 0> tiles(call, maker, &shared.items[maker], no_tile);
   int stage = 0, in_stage = 0;
   uint32_t parity = 0;
   TileCodes<Shape, kBitsK, kBitsV> codes;
@@ -740,6 +743,7 @@ class WideRows {
     query_parts_ = is_new_ ? 1 : call_.query_parts;
     adjusted_ = call_.soft_cap > 0 || call_.alibi_slopes != nullptr;
     const Sequence &sequence = wide.sequence;
+    __syncwarp();  // all lanes have read the limits of the item before
     const int base = is_new_ ? sequence.coded_length : 0;
     int plain_low = INT32_MIN, plain_high = INT32_MAX, low = INT32_MAX, high = 0;
 #pragma unroll
