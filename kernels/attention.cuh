@@ -6,7 +6,7 @@
 // (an item is a segment or a part of one) team i takes every teams-th from the i-th on. A team has its own ring of stages;
 // a stage holds one step of all its heads, which are adjacent in a page. Items are listed kMaxItems at a time, and a team's
 // steps of the list are numbered through: step n is in stage n % stages. Amid step n one of the team's warps, each in its
-// turn, waits until all have left step n - 1 and copies step n - 1 + stages over it.
+// turn, waits until all have left step n + ahead - stages and copies step n + ahead over it.
 //
 // WARP. Lane = 4 g + q, as in operands.cuh. Row r of an item is a query. With kBlocks = 1 there are 4: rows g and g + 4 of
 // the scores are the same query, so lanes with g < 4 weigh the step's first tile and the others its second. With 2 there
@@ -39,10 +39,10 @@ inline constexpr float kMinusInfinity = -INFINITY;
 
 // The dynamic shared memory: rings, then what each warp and team has, in bytes from the start.
 struct AttentionRing {
-  int32_t teams, stages;            // stages: of a team
+  int32_t teams, stages, ahead;     // stages: of a team; ahead: how far the step is that is copied
   int32_t tile_bytes, stage_bytes;  // of a tile of all heads, of a stage: a multiple of 128
   int32_t in_one_copy;              // the heads of a tile are adjacent
-  int32_t scratch_at, rows_at, tables_at, shared_at;
+  int32_t scratch_at, rows_at, ends_at, tables_at, shared_at;
   int32_t outputs_at;  // partial_outputs() of a slot
 };
 
@@ -59,10 +59,14 @@ struct StepTable {
   uint16_t exact[kTable][kStepTiles];  // tokens that are read raw, as bits
 };
 
+// What a warp has of a row at the end: the reference, -infinity where there are no keys, and the sum of weights p.
+struct RowEnd {
+  float base, total;
+};
+
 // What of a warp's row is not looked at for every tile.
 struct RowState {
-  float base, total;  // at the end: the reference and the sum of weights p
-  float offset;       // QueryRow's; -infinity: there is no such row
+  float offset;  // QueryRow's; -infinity: there is no such row
   float slope;
   int32_t position, low, high;  // keys [low, high) of the item are visible
   int2 plain;                   // of the first row: tiles [x, y) that all rows see, with nothing to adjust
@@ -598,7 +602,7 @@ __device__ __forceinline__ int2 describe_rows(const AttentionCall &call, const L
   const int row = lane_index();
   const int64_t at = row_at(call, listed, pack_head, row);
   int begin = INT32_MIN, end = INT32_MAX;
-  RowState state{kMinusInfinity, 0, kMinusInfinity, 0, 0, 0, 0, {0, 0}};
+  RowState state{kMinusInfinity, 0, 0, 0, 0, {0, 0}};
   if (at >= 0) {
     state.position = position(call, sequence, item.token_block * call.block_tokens + row / call.block_heads);
     const KeyRange keys = visible_keys(call, sequence, state.position);
@@ -638,7 +642,9 @@ class WarpRows {
 
   // Loads the queries of an item's rows; begin() comes next.
   __device__ __forceinline__ void load(const ListedItem &listed, int pack_head) {
-    const int64_t at = row_at(call_, listed, pack_head, g_ % Shape::kRows);
+    // What is seldom needed is computed anew where registers are few.
+    const int g = kBlocks == 1 ? g_ : lane_now() / 4;
+    const int64_t at = row_at(call_, listed, pack_head, g % Shape::kRows);
     int4 query = make_int4(0, __float_as_int(kMinusInfinity), 0, 0);
     const uint8_t *bytes = call_.query_operands + at * 2 * call_.operand_bytes + q_ * 16 * K::kSteps;
     if (at >= 0) query = reinterpret_cast<const int4 *>(call_.query_rows)[at];
@@ -689,15 +695,11 @@ class WarpRows {
     V::add(call_, codes + call_.pool.v_codes, tile_bytes, g_, q_, V::operands(words, others, g_ >= 4), sums_);
   }
 
-  // Leaves the reference and the sum of weights of each row in the states.
-  __device__ void end() {
-    sum_ = row_sum(sum_);
-    const bool set = (flags_ & kUnset) == 0 && sum_ != 0;
-    RowState &state = row();
-    const float base = set ? state.offset - shifted_ : kMinusInfinity;
-    __syncwarp();
-    if (lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows) state.base = base, state.total = sum_;
-    __syncwarp();
+  // Of the lane's row.
+  __device__ RowEnd end() const {
+    const float sum = row_sum(sum_);
+    const bool set = (flags_ & kUnset) == 0 && sum != 0;
+    return {set ? row().offset - shifted_ : kMinusInfinity, sum};
   }
 
   // The lane's sums of w * level, see FixedV.
@@ -952,7 +954,7 @@ class WarpRows {
     if (__any_sync(kAll, unset)) {
       most_score = row_max(most_score);
       const float expected = expected_rise(weight, most, left);
-      if (unset) above = expected + 0.1f;
+      if (unset) above = expected + 1.1f;
       if (unset && most == kMinusInfinity) most = most_score;  // no value, but a weight
     }
     int rise = 0, fall = -int(flags_ / kFall);
@@ -1062,7 +1064,7 @@ class WarpRows {
 // ---- the kernel
 
 // Adds up what the teams have of a head's rows, and leaves it as a partial result. Short, because it is run once: fetching
-// code takes longer than running it.
+// code takes longer than running it. Teams wait for each other before, so that those that are done go on to the next item.
 template <class Shape>
 __device__ __forceinline__ void write_partial(const AttentionCall &call, const AttentionRing &ring, uint8_t *memory,
                                               const ListedItem &listed, const WarpRows<Shape> &rows) {
@@ -1072,7 +1074,11 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
   const int num_rows = call.block_tokens * call.block_heads;
   // Of the head in the first team that has any; those of the next are pack_heads warps further.
   float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at) + head * kWarpScratch;
-  const RowState *states = reinterpret_cast<const RowState *>(memory + ring.rows_at) + head * Shape::kRows;
+  RowEnd *ends = reinterpret_cast<RowEnd *>(memory + ring.ends_at) + head * Shape::kRows;
+  const int end_stride = call.pack_heads * Shape::kRows;  // of teams
+  group_barrier(1 + head, 32 * team.count);
+  const RowEnd end = rows.end();
+  if (lane % 4 == 0 && lane / 4 < Shape::kRows) ends[team.index * end_stride + lane / 4] = end;
   float sums[kRows][kColumns];
   rows.add_up(sums);
   if (team.index > 0) {
@@ -1086,26 +1092,25 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
   group_barrier(1 + head, 32 * team.count);
   if (team.index == 0) {
     uint8_t *slot = call.partials + listed.slot * call.slot_bytes;
-    const int state_stride = call.pack_heads * Shape::kRows;
     if (lane < num_rows) {
       float most = kMinusInfinity, sum = 0;
 #pragma unroll 1
-      for (int i = 0; i < team.count; ++i) most = fmaxf(most, states[i * state_stride + lane].base);
+      for (int i = 0; i < team.count; ++i) most = fmaxf(most, ends[i * end_stride + lane].base);
 #pragma unroll 1
       for (int i = 0; i < team.count; ++i) {
-        const RowState &state = states[i * state_stride + lane];
-        if (state.base != kMinusInfinity) sum = __fmaf_rn(state.total, exp2_approx(state.base - most), sum);
+        const RowEnd other = ends[i * end_stride + lane];
+        if (other.base != kMinusInfinity) sum = __fmaf_rn(other.total, exp2_approx(other.base - most), sum);
       }
       (reinterpret_cast<float2 *>(slot) + head * num_rows)[lane] = make_float2(most, sum);
     }
     float most[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const RowState *state = states + rows.row_of(r);
-      const float own = state->base;
+      const RowEnd *row_ends = ends + rows.row_of(r);
+      const float own = row_ends->base;
       most[r] = own;
 #pragma unroll 1
-      for (int i = 1; i < team.count; ++i) most[r] = fmaxf(most[r], state[i * state_stride].base);
+      for (int i = 1; i < team.count; ++i) most[r] = fmaxf(most[r], row_ends[i * end_stride].base);
       const float factor = own == kMinusInfinity ? 0.0f : exp2_approx(own - most[r]);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) sums[r][i] *= factor;
@@ -1115,7 +1120,7 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
       const float *from = scratch + (other - 1) * call.pack_heads * kWarpScratch + lane;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const float base = states[other * state_stride + rows.row_of(r)].base;
+        const float base = ends[other * end_stride + rows.row_of(r)].base;
         const float factor = base == kMinusInfinity ? 0.0f : exp2_approx(base - most[r]);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
@@ -1132,7 +1137,6 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
       }
     });
   }
-  group_barrier(1 + head, 32 * team.count);
 }
 
 template <class Shape>
@@ -1208,10 +1212,13 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         barrier_wait(&full[stage], parity);
         rows.take(stages + stage * ring.stage_bytes + head * call.pool.tile_bytes, ring.tile_bytes, tile,
                   table.exact[n % kTable], left, [&] {
-                    // In turn: the step that takes the place of the one before.
-                    if (turn == head && n > 0) {
-                      const int next = n - 1 + ring.stages, free = stage == 0 ? ring.stages - 1 : stage - 1;
-                      barrier_wait(full + kMaxStages + free, stage == 0 ? parity ^ 1 : parity);
+                    // In turn: the step that takes the place of one before.
+                    if (turn == head && n >= ring.stages - ring.ahead) {
+                      const int next = n + ring.ahead;
+                      int free = stage + ring.ahead;
+                      const bool before = free < ring.stages;  // it was there in the turn before
+                      if (!before) free -= ring.stages;
+                      barrier_wait(full + kMaxStages + free, before ? parity ^ 1 : parity);
                       if (table.address[next % kTable][0] != no_step()) {
                         copy_step<Shape::kAny>(call, ring, shared, table, team, next, stages + free * ring.stage_bytes,
                                                &full[free]);
@@ -1225,7 +1232,6 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         ++n;
         tile += kStepTiles * team.count;
       }
-      rows.end();
       write_partial<Shape>(call, ring, memory, shared.items[shared.current[thread_index_now() / 32]], rows);
     }
     if (shared.more == 0) break;
@@ -1266,15 +1272,19 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
     for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
       const int warps = teams * call.pack_heads;
       const int scratch = (warps - call.pack_heads) * Shape::kScratch * int(sizeof(float));
-      const int states = warps * Shape::kRows * int(sizeof(RowState)), tables = teams * int(sizeof(StepTable));
-      const int others = scratch + states + tables + int(sizeof(AttentionShared));
+      const int states = warps * Shape::kRows * int(sizeof(RowState)),
+                ends = warps * Shape::kRows * int(sizeof(RowEnd));
+      const int tables = teams * int(sizeof(StepTable));
+      const int others = scratch + states + ends + tables + int(sizeof(AttentionShared));
       ring.stages = std::min((kAttentionSharedBytes - others) / (teams * ring.stage_bytes),
                              std::min(kMaxStages / teams, kMostTeamStages));
       if (ring.stages < least_stages) continue;
       ring.teams = teams;
+      ring.ahead = ring.stages - (ring.stages >= 6 ? 2 : 1);
       ring.scratch_at = teams * ring.stages * ring.stage_bytes;
       ring.rows_at = ring.scratch_at + scratch;
-      ring.tables_at = ring.rows_at + states;
+      ring.ends_at = ring.rows_at + states;
+      ring.tables_at = ring.ends_at + ends;
       ring.shared_at = ring.tables_at + tables;
       return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks), unsigned(32 * warps),
                               size_t(ring.shared_at) + sizeof(AttentionShared), stream, call, ring);

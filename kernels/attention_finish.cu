@@ -198,6 +198,7 @@ struct FinishWork {
 };
 
 // The warp's partial results of a chunk: kLoads / kWide of them at a time, of kWide columns a lane.
+template <int kLoads>
 class Outputs {
  public:
   // `outputs`: of the rows, in slot 0.
@@ -261,8 +262,6 @@ class Outputs {
   }
 
  private:
-  static constexpr int kLoads = 8;
-
   __device__ static int warp() {
     return int(threadIdx.x) / 32;
   }
@@ -845,17 +844,17 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
 #pragma unroll 1
     for (int base = 0; base < count; base += kChunk) {
       if (base > 0) __syncthreads();
-      Outputs chunk(call, work, outputs, min(count - base, kChunk));
-      const bool early = partials.all_have_tiles, narrow = work.columns <= 32;  // narrow: one row, mostly
-      if (early && narrow) chunk.load_first<1>(partials.first_slot + base);
-      if (early && !narrow) chunk.load_first<4>(partials.first_slot + base);
+      Outputs<kRawRows == 0 ? 12 : 8> chunk(call, work, outputs, min(count - base, kChunk));  // what registers allow
+      const bool early = partials.all_have_tiles, narrow = work.columns <= 32;                // narrow: one row, mostly
+      if (early && narrow) chunk.template load_first<1>(partials.first_slot + base);
+      if (early && !narrow) chunk.template load_first<4>(partials.first_slot + base);
       if (warp < work.rows) coded = take_states(call, rows, partials, base, warp, coded, factors);
       __syncthreads();
       float4 *own_sums = reinterpret_cast<float4 *>(sums) + warp * work.columns;
       if (narrow) {
-        chunk.add<1>(factors, early, base == 0, own_sums);
+        chunk.template add<1>(factors, early, base == 0, own_sums);
       } else {
-        chunk.add<4>(factors, early, base == 0, own_sums);
+        chunk.template add<4>(factors, early, base == 0, own_sums);
       }
     }
     __syncthreads();
