@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // After attention: a block takes the segments of all splits of some rows, at most 8, of one kv head. Of its partial results, in
-// the order of splits or of CUDA blocks, warp w sums up every 8th from the w-th on, for all rows; what the warps have is
-// summed up in order and rotated back, a warp a row. So a row's bits do not depend on how many rows a block has. Keys
-// that are read raw are added before, for all rows of the block together.
+// the order of splits or of CUDA blocks, warp w sums up every 8th from the w-th on, for all rows, without waiting for the
+// others; what the warps have is summed up in order and rotated back, a warp a row. So a row's bits do not depend on how
+// many rows a block has. Keys that are read raw are added before, for all rows of the block together.
 #include <algorithm>
 
 #include "kernels/device/launch.cuh"
@@ -19,15 +19,14 @@ constexpr int kMostRawTokens = 160;      // of a chunk, a multiple of 32
 constexpr int kMostRawBytes = 96 << 10;  // that they take, if not less than eight
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kFinishWarps = kRawThreads / 32;
-constexpr int kChunk = 160;  // partial results whose factors are known at a time, a multiple of kFinishWarps
-static_assert(kMaxRows <= kFinishWarps && kChunk % 32 == 0);
+static_assert(kMaxRows <= kFinishWarps);
 
 __device__ float minus_infinity() {
   return -__int_as_float(0x7f800000);
 }
 
 // A softmax so far, in units of log2; without keys the maximum is -infinity and the sum 0.
-struct State {
+struct alignas(8) State {
   float max, sum;
 };
 
@@ -99,11 +98,12 @@ __device__ int segment_rows(const AttentionCall &call) {
 
 // ---- partial results
 
-// Of one chunk.
-struct Factors {
-  float of[kMaxRows][kChunk];  // what outputs are multiplied with; 0: they may be anything
-  int32_t slot[kChunk];
-  float correction[kMaxRows];  // of sums of earlier chunks
+// What a warp has of each row.
+struct WarpPart {
+  State states[kMaxRows];
+  float correction[kMaxRows];  // what its sums so far are to be multiplied with
+  float factors[32];           // likewise, of a chunk's outputs, `lanes` a row; 0: they may be anything
+  int32_t slots[32];
 };
 
 // Partial results of the rows of a block.
@@ -150,40 +150,44 @@ struct Partials {
   }
 };
 
-// By a warp, which takes row `row` of the block into the state and leaves factors for the chunk from `base` on.
-__device__ __forceinline__ State take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials,
-                                             int base, int row, State all, Factors &factors) {
-  constexpr int kPerLane = kChunk / 32;
-  const int lane = int(threadIdx.x) % 32, index = rows.head_in_pack * segment_rows(call) + rows.first_row + row;
-  State states[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    states[i] = {minus_infinity(), 0};
-    if (base + 32 * i >= partials.count) continue;  // by the whole warp: code that is not run is not fetched
-    const int j = base + 32 * i + lane;
-    if (j >= partials.count || rows.first_row + row >= segment_rows(call)) continue;
-    bool has_tiles;
-    const int32_t slot = partials.slot(call, j, &has_tiles);
-    const float2 state = reinterpret_cast<const float2 *>(call.partials + slot * call.slot_bytes)[index];
-    if (has_tiles) states[i] = {state.x, state.y};
-    if (row == 0) factors.slot[32 * i + lane] = slot;
+// Takes what states the warp has in the chunk from `base` on into those that it has already, unless it begins. `lanes`, a
+// power of two, take a row, each of them one of the warp's partial results.
+__device__ __forceinline__ void take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials,
+                                            int base, int num_rows, int lanes, bool begins, WarpPart &own) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int row = int(uint32_t(lane) / uint32_t(lanes)), i = lane % lanes, j = base + warp + kFinishWarps * i;
+  bool has_tiles = false;
+  const int32_t slot = j < partials.count ? partials.slot(call, j, &has_tiles) : 0;
+  State all{minus_infinity(), 0}, state = all;
+  if (has_tiles && row < num_rows && rows.first_row + row < segment_rows(call)) {
+    state = (reinterpret_cast<const State *>(call.partials + slot * call.slot_bytes) +
+             rows.head_in_pack * segment_rows(call) + rows.first_row)[row];
   }
-  float max = all.max;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) max = fmaxf(max, states[i].max);
-  max = warp_max(max);
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (base + 32 * i >= partials.count) continue;
-    const float factor = factor_of(states[i], max);
-    factors.of[row][32 * i + lane] = factor;
-    if (has_keys(states[i])) sum += states[i].sum * factor;
-  }
-  sum = warp_sum(sum);
-  const float correction = factor_of(all, max);
-  if (lane == 0) factors.correction[row] = correction;
+  if (!begins && row < num_rows) all = own.states[row];
+  float max = fmaxf(all.max, state.max);
+#pragma unroll 1
+  for (int step = 1; step < lanes; step *= 2) max = fmaxf(max, __shfl_xor_sync(kAll, max, step));
+  const float factor = factor_of(state, max), correction = factor_of(all, max);
+  float sum = has_keys(state) ? state.sum * factor : 0.0f;
+#pragma unroll 1
+  for (int step = 1; step < lanes; step *= 2) sum += __shfl_xor_sync(kAll, sum, step);
   if (has_keys(all)) sum += all.sum * correction;
+  own.factors[lane] = factor;
+  if (row == 0) own.slots[i] = slot;
+  __syncwarp();  // all lanes have read the state
+  if (i == 0 && row < num_rows) own.states[row] = {max, sum}, own.correction[row] = correction;
+  __syncwarp();
+}
+
+// The state of row r, of which `count` warps have parts, and their corrections; by a warp.
+__device__ __forceinline__ State join_states(WarpPart *parts, int count, int r) {
+  const int lane = int(threadIdx.x) % 32;
+  State state{minus_infinity(), 0};
+  if (lane < count) state = parts[lane].states[r];
+  const float max = warp_max(state.max), factor = factor_of(state, max);
+  const float sum = warp_sum(has_keys(state) ? state.sum * factor : 0.0f);
+  if (lane < count) parts[lane].correction[r] = factor;
+  __syncwarp();
   return {max, sum};
 }
 
@@ -192,6 +196,7 @@ struct FinishWork {
   uint32_t chunk, raw, sums, added, bytes;  // parts of shared memory, in bytes from its start
   int32_t chunk_tokens;                     // of keys that are read raw
   int32_t rows;                             // that a block takes
+  int32_t lanes;                            // of a warp, for the states of each
   int32_t columns;                          // of 4 channels, of all these rows
   uint32_t row_of_column;                   // (column * row_of_column) >> 20
   int32_t per_lane;                         // channels_per_lane() of V
@@ -201,20 +206,20 @@ struct FinishWork {
 template <int kLoads>
 class Outputs {
  public:
-  // `outputs`: of the rows, in slot 0.
+  // `outputs`: of the rows, in slot 0; `count`: of all warps' partial results.
   __device__ Outputs(const AttentionCall &call, const FinishWork &work, const uint8_t *outputs, int count)
-      : call_(call), work_(work), outputs_(outputs), count_(count) {}
+      : call_(call), work_(work), outputs_(outputs), count_((count - warp() + kFinishWarps - 1) / kFinishWarps) {}
 
   // Loads the first ones, whose slots follow `slot`: factors are not known yet.
   template <int kWide>
   __device__ __forceinline__ void load_first(int32_t slot) {
     load<kWide>(
-        lane(), warp(), [&](int at) { return slot + at; }, [](int, int) { return true; });
+        lane(), 0, [&](int i) { return slot + warp() + kFinishWarps * i; }, [](int, int) { return true; });
   }
 
   // Adds all to the warp's sums.
   template <int kWide>
-  __device__ __forceinline__ void add(const Factors &factors, bool loaded_first, bool begins, float4 *sums) {
+  __device__ __forceinline__ void add(const WarpPart &own, bool loaded_first, bool begins, float4 *sums) {
     constexpr int kMany = kLoads / kWide;
 #pragma unroll 1
     for (int first = lane(); first - lane() < work_.columns; first += 32 * kWide) {
@@ -224,28 +229,27 @@ class Outputs {
         const int row = row_of(first + 32 * k);
         sum[k] = make_float4(0, 0, 0, 0);
         if (begins || row < 0) continue;
-        const float correction = factors.correction[row];
+        const float correction = own.correction[row];
         const float4 old = sums[first + 32 * k];
         sum[k] = make_float4(old.x * correction, old.y * correction, old.z * correction, old.w * correction);
       }
 #pragma unroll 1
-      for (int j = warp(); j < count_; j += kFinishWarps * kMany) {
-        const auto factor_at = [&](int at, int column) {
+      for (int begin = 0; begin < count_; begin += kMany) {
+        const auto factor_at = [&](int i, int column) {
           const int row = row_of(column);
-          return row >= 0 ? factors.of[row][at] : 0.0f;
+          return row >= 0 ? own.factors[row * work_.lanes + i] : 0.0f;
         };
-        if (!loaded_first || first != lane() || j != warp()) {
+        if (!loaded_first || first != lane() || begin != 0) {
           load<kWide>(
-              first, j, [&](int at) { return factors.slot[at]; },
-              [&](int at, int column) { return factor_at(at, column) != 0; });
+              first, begin, [&](int i) { return own.slots[i]; },
+              [&](int i, int column) { return factor_at(i, column) != 0; });
         }
 #pragma unroll
         for (int i = 0; i < kMany; ++i) {
-          const int at = j + kFinishWarps * i;
-          if (at >= count_) break;
+          if (begin + i >= count_) break;
 #pragma unroll
           for (int k = 0; k < kWide; ++k) {
-            const float factor = factor_at(at, first + 32 * k);
+            const float factor = factor_at(begin + i, first + 32 * k);
             if (factor == 0) continue;  // what was loaded may be anything
             sum[k].x = __fmaf_rn(factor, loaded_[i * kWide + k].x, sum[k].x);
             sum[k].y = __fmaf_rn(factor, loaded_[i * kWide + k].y, sum[k].y);
@@ -274,17 +278,17 @@ class Outputs {
     return column < work_.columns ? int((uint32_t(column) * work_.row_of_column) >> 20) : -1;
   }
 
+  // Of the warp's partial results from the `begin`-th on.
   template <int kWide, class SlotOf, class IsWanted>
-  __device__ __forceinline__ void load(int first, int j, SlotOf &&slot_of, IsWanted &&is_wanted) {
+  __device__ __forceinline__ void load(int first, int begin, SlotOf &&slot_of, IsWanted &&is_wanted) {
 #pragma unroll
     for (int i = 0; i < kLoads / kWide; ++i) {
-      const int at = j + kFinishWarps * i;
-      if (at >= count_) break;  // by the whole warp
-      const uint8_t *from = outputs_ + slot_of(at) * call_.slot_bytes;
+      if (begin + i >= count_) break;  // by the whole warp
+      const uint8_t *from = outputs_ + slot_of(begin + i) * call_.slot_bytes;
 #pragma unroll
       for (int k = 0; k < kWide; ++k) {
         const int column = first + 32 * k;
-        if (column < work_.columns && is_wanted(at, column))
+        if (column < work_.columns && is_wanted(begin + i, column))
           loaded_[i * kWide + k] = reinterpret_cast<const float4 *>(from)[column];
       }
     }
@@ -293,7 +297,7 @@ class Outputs {
   const AttentionCall &call_;
   const FinishWork &work_;
   const uint8_t *const outputs_;
-  const int count_;
+  const int count_;  // of the warp's
   float4 loaded_[kLoads];
 };
 
@@ -711,21 +715,29 @@ __device__ float decode_gain(const SideParams &v) {
   return v.bits == kRawBits ? 1.0f : v.decode_gain;
 }
 
-// What is left of a row of 32 * kPerLane channels, of which `parts` warps have sums `stride` floats apart. `raw_out`
-// may be null.
+// A row's sums, `stride` floats apart, of as many warps as have parts; row r of the block's.
+struct RowSums {
+  const float *sums;
+  int stride, count, r;
+  const WarpPart *parts;
+  __device__ float correction(int part) const { return parts[part].correction[r]; }
+};
+
+// What is left of a row of 32 * kPerLane channels. `raw_out` may be null.
 template <int kPerLane>
 __device__ __forceinline__ void write_row(const AttentionCall &call, const SideParams &v, const Output &output,
-                                          int64_t row, int64_t at, int lane, Gains gains, const float *sums, int parts,
-                                          int stride, const float *raw_out) {
+                                          int64_t row, int64_t at, int lane, Gains gains, const RowSums &sums,
+                                          const float *raw_out) {
   using Own = Neighbours<float, kPerLane>;
   const int first = kPerLane * lane;
   float x[kPerLane] = {}, raw[kPerLane] = {};
 #pragma unroll
   for (int part = 0; part < kFinishWarps; ++part) {
-    if (part >= parts) break;
-    const Own own = *reinterpret_cast<const Own *>(sums + part * stride + first);
+    if (part >= sums.count) break;
+    const Own own = *reinterpret_cast<const Own *>(sums.sums + part * sums.stride + first);
+    const float correction = sums.correction(part);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) x[i] += own.of[i];
+    for (int i = 0; i < kPerLane; ++i) x[i] = __fmaf_rn(own.of[i], correction, x[i]);
   }
   if (output.merged == nullptr) {
     gains.coded *= decode_gain(v);
@@ -748,26 +760,28 @@ __device__ __forceinline__ void write_row(const AttentionCall &call, const SideP
   }
 }
 
-// Of any head_dim; sums of the first two warps are overwritten.
+// Of any head_dim, in `scratch`: twice its floats, the second `stride` after the first. They may be the first warps' sums.
 __device__ void write_any_row(const AttentionCall &call, const SideParams &v, const Output &output, int64_t row,
-                              int64_t at, int lane, Gains gains, float *sums, int parts, int stride,
+                              int64_t at, int lane, Gains gains, const RowSums &sums, float *scratch,
                               const float *raw_out) {
   const int n = call.head_dim_v;
 #pragma unroll 1
   for (int c = lane; c < n; c += 32) {
     float sum = 0;
 #pragma unroll 1
-    for (int part = 0; part < parts; ++part) sum += sums[part * stride + c];
-    sums[c] = sum;
+    for (int part = 0; part < sums.count; ++part) {
+      sum = __fmaf_rn(sums.sums[part * sums.stride + c], sums.correction(part), sum);
+    }
+    scratch[c] = sum;
   }
   __syncwarp();
   if (output.merged == nullptr) {
     gains.coded *= decode_gain(v);
-    rotate_back(v, lane, sums, sums + stride);
+    rotate_back(v, lane, scratch, scratch + sums.stride);
   }
 #pragma unroll 1
   for (int c = lane; c < n; c += 32) {
-    const float coded_value = sums[c] * gains.coded;
+    const float coded_value = scratch[c] * gains.coded;
     const float raw_value = raw_out != nullptr ? raw_out[c] * gains.raw : 0.0f;
     if (output.merged == nullptr) {
       store_element(call.out.data, call.out.type, at + c, coded_value + raw_value);
@@ -795,7 +809,7 @@ __device__ void add_raw(State &state, const float *outputs, State other, float *
 template <int kRawRows>
 __device__ __forceinline__ void finish_rows(const AttentionCall &call, const SideParams &v, const Output &output,
                                             const FinishWork &work) {
-  __shared__ Factors factors;
+  __shared__ WarpPart parts[kFinishWarps];
   __shared__ uint32_t touched[kFinishWarps];
   touch_parameter<kFinishWarps>(call, touched);
   // What comes before the wait is written by "prepare", whose end "attention" has waited for.
@@ -836,33 +850,36 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
       int64_t{rows.head_in_pack * segment_rows(call) + rows.first_row} * n * int64_t{sizeof(float)};
   constexpr State kNone{-INFINITY, 0};
   State coded = kNone, raw = kNone, own = kNone;
-  int count = 0;
+  int count = 0;  // of warps that have parts
 #pragma unroll 1
   for (;;) {
-    count = partials.count;
-    coded = kNone;
+    count = min(partials.count, kFinishWarps);
+    const int most = kFinishWarps * work.lanes;  // that are taken together
 #pragma unroll 1
-    for (int base = 0; base < count; base += kChunk) {
-      if (base > 0) __syncthreads();
-      Outputs<kRawRows == 0 ? 12 : 8> chunk(call, work, outputs, min(count - base, kChunk));  // what registers allow
-      const bool early = partials.all_have_tiles, narrow = work.columns <= 32;                // narrow: one row, mostly
+    for (int base = 0; base < partials.count; base += most) {
+      __syncwarp();  // all lanes have used the chunk before
+      // As many loads as registers allow.
+      Outputs<kRawRows == 0 ? 12 : 8> chunk(call, work, outputs, min(partials.count - base, most));
+      const bool early = partials.all_have_tiles, narrow = work.columns <= 32;  // narrow: one row, mostly
       if (early && narrow) chunk.template load_first<1>(partials.first_slot + base);
       if (early && !narrow) chunk.template load_first<4>(partials.first_slot + base);
-      if (warp < work.rows) coded = take_states(call, rows, partials, base, warp, coded, factors);
-      __syncthreads();
+      take_states(call, rows, partials, base, work.rows, work.lanes, base == 0, parts[warp]);
       float4 *own_sums = reinterpret_cast<float4 *>(sums) + warp * work.columns;
       if (narrow) {
-        chunk.template add<1>(factors, early, base == 0, own_sums);
+        chunk.template add<1>(parts[warp], early, base == 0, own_sums);
       } else {
-        chunk.template add<4>(factors, early, base == 0, own_sums);
+        chunk.template add<4>(parts[warp], early, base == 0, own_sums);
       }
     }
     __syncthreads();
+    if (warp < work.rows) coded = join_states(parts, count, warp);
     if (!of_new) break;
     own = coded;
     for (int c = lane; c < n && warp < work.rows; c += 32) {
       float sum = 0;
-      for (int part = 0; part < min(count, kFinishWarps); ++part) sum += sums[4 * part * work.columns + warp * n + c];
+      for (int part = 0; part < count; ++part) {
+        sum = __fmaf_rn(sums[4 * part * work.columns + warp * n + c], parts[part].correction[warp], sum);
+      }
       added[warp * n + c] = sum;
     }
     of_new = false;
@@ -884,21 +901,21 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   }
   if (!good) coded = kNone;
   const int head = rows.kv_head * call.group + rows.head_in_group(call, warp);
-  const int parts = good ? min(count, kFinishWarps) : 0, stride = 4 * work.columns;
   sums += warp * n;
+  const RowSums row_sums{sums, 4 * work.columns, good ? count : 0, warp, parts};
 #pragma unroll 1
   do {
     const int64_t token = rows.sequence.begin + rows.token(call, warp), index = token * call.q_heads + head;
     const int64_t at = token * call.out.token_stride + head * call.out.head_stride;
     const Gains gains = finish_softmax(call, index, head, lane, coded, raw);
     if (work.per_lane == 4) {
-      write_row<4>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+      write_row<4>(call, v, output, index, at, lane, gains, row_sums, raw_out);
     } else if (work.per_lane == 2) {
-      write_row<2>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+      write_row<2>(call, v, output, index, at, lane, gains, row_sums, raw_out);
     } else if (work.per_lane == 8) {
-      write_row<8>(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+      write_row<8>(call, v, output, index, at, lane, gains, row_sums, raw_out);
     } else {
-      write_any_row(call, v, output, index, at, lane, gains, sums, parts, stride, raw_out);
+      write_any_row(call, v, output, index, at, lane, gains, row_sums, sums, raw_out);
     }
   } while (rows.next(call, warp));
 }
@@ -960,6 +977,7 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_
   work.added = take(sizeof(float) * size_t(with_new ? rows * head_dim_v : 0));
   work.bytes = uint32_t(at);
   work.rows = rows;
+  for (work.lanes = 32; work.lanes * rows > 32;) work.lanes /= 2;
   work.columns = rows * head_dim_v / 4;
   work.row_of_column = (1u << 20) / uint32_t(head_dim_v / 4) + 1;
   return work;
