@@ -28,6 +28,34 @@ constexpr int rotated_blocks(int) {
 // Items that a warp leaves for later because they are unusual; after more of them it takes all as if they were.
 inline constexpr int kPutOff = 32;
 
+// Where whole tiles of a side are. Dividing by a block's tiles takes a multiplication, as ItemPlace's.
+struct alignas(16) WholeTiles {
+  uint8_t *codes;
+  int64_t block_stride, tile_stride, head_stride;
+  uint32_t per_block, tiles_a_block;
+  uint32_t count;  // of whole tiles, as many as 31 bits say
+
+  WholeTiles() = default;
+  __device__ explicit WholeTiles(const Tiles &tiles)
+      : codes(tiles.base + tiles.codes_offset),
+        block_stride(tiles.block_stride),
+        tile_stride(tiles.tile_stride),
+        head_stride(tiles.head_stride),
+        per_block(UINT32_MAX / uint32_t(tiles.storage_tokens / kTileTokens)),
+        tiles_a_block(uint32_t(tiles.storage_tokens / kTileTokens)),
+        count(uint32_t(min(tiles.num_slots / kTileTokens, int64_t{INT32_MAX}))) {}
+
+  // The codes of the side.
+  __device__ __forceinline__ uint8_t *at(uint32_t tile, uint32_t head) const {
+    uint32_t block = __umulhi(tile, per_block), in_block = tile - block * tiles_a_block;
+    if (in_block >= tiles_a_block) {
+      in_block -= tiles_a_block;
+      ++block;
+    }
+    return codes + (block * block_stride + in_block * tile_stride + head * head_stride);
+  }
+};
+
 template <int kHeadDim>
 struct EncodeShared {
   static constexpr int kStride = kHeadDim / 8 + 4;  // words of a row in `nibbles`: rows of lanes in different banks
@@ -43,20 +71,26 @@ struct EncodeShared {
     int num_put_off;
     uint2 put_off[kPutOff];  // groups and heads
     uint2 rest;              // where all that is left is put off, too
-    uint32_t offset;         // of the warp's item from that of the block's first warp
+    // Of encode_rotated_kernel, which has no registers for them: here a warp's own pointer finds them.
+    uint32_t stride, per_head;  // ItemPlace
+    uint32_t zero;
+    float unit, cells, cell_of_0;
+    uint2 magnitudes;  // as below
+    int64_t tokens;
+    WholeTiles tiles;
+    int32_t plane0_at[32], plane1_at[32], scale_at[32];  // where a lane's words are in a tile
+    int64_t slots[2 * kRows];                            // of the next item, then the exact ones
+    uint32_t whole;                                      // items before the first that lacks tokens
+    // Where a lane's chunks of the first item are, and its slot, if there are slots; bytes from there.
+    uint64_t rows_from[32], slots_from[32];
+    int64_t group_stride, head_stride, token_stride;
   };
   static constexpr int kPart = kHeadDim < 128 ? kHeadDim : 128;  // a rotation of more is two of half as many, added
   uint4 matrix[kHeadDim / 8 * kPart];                // SharedMatrix of the rotation, by the kernel of rotated rows
   uint4 signs[kHeadDim / 8];                         // of pairs of channels
   uint4 operands[32 * rotation_operands<kHeadDim>];  // of the rotation
   int put_off;                                       // whether a warp has put off items
-  // Of the call, where encode_rotated_kernel would keep them in registers that it does not have.
-  uint32_t items, stride, per_head;  // ItemPlace
-  uint32_t zero;
-  int64_t tokens;
-  tq_faults *faults;
-  float unit, cells, cell_of_0;  // of encode_rotated_kernel, which has no registers for them
-  uint2 magnitudes;              // |u| of each index in the lower 3 bits of a code, as bytes
+  uint2 magnitudes;                                  // |u| of each index in the lower 3 bits of a code, as bytes
   Warp warps[rotated_warps(kHeadDim) > kEncodeWarps ? rotated_warps(kHeadDim) : kEncodeWarps];
   uint32_t table[4];  // and more: a byte a cell
 

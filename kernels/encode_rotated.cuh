@@ -86,6 +86,8 @@ __device__ inline void fill_matrix(const SideParams &side, const uint4 *signs, u
 struct ItemPlace {
   uint32_t group, head;
 
+  ItemPlace() = default;
+
   __device__ __forceinline__ ItemPlace(uint32_t item, uint32_t heads, uint32_t per_head) {
     group = __umulhi(item, per_head);
     head = item - group * heads;
@@ -104,9 +106,21 @@ struct PairOfRows {
   const uint16_t *second;  // the lane's first chunk of row 2 g + 1
 
   // Finds both rows and reads the first of them. Of what there would be past the last row they are the last.
-  __device__ __forceinline__ void load_first(const Rows &rows, const ItemPlace &place) {
-    const uint16_t *first = find(rows, place);
-    load(first, 0);
+  __device__ __forceinline__ void load_first(const Rows &rows, uint32_t item, const ItemPlace &place) {
+    const auto &warp = EncodeShared<kHeadDim>::warp();
+    const int lane = current_lane();
+    uint64_t first;
+    if (item < warp.whole) [[likely]] {
+      first = warp.rows_from[lane] + place.group * warp.group_stride + place.head * warp.head_stride;
+      second = reinterpret_cast<const uint16_t *>(first + warp.token_stride);
+    } else {
+      keep_branch();
+      const int64_t last = warp.tokens - 1, token = min(int64_t{place.group} * kRows + lane / 4 * 2, last);
+      first = reinterpret_cast<uint64_t>(static_cast<const uint16_t *>(rows.data) + token * rows.token_stride +
+                                         int64_t{place.head} * rows.head_stride + 8 * (lane % 4));
+      second = reinterpret_cast<const uint16_t *>(first) + (token < last ? rows.token_stride : 0);
+    }
+    load(reinterpret_cast<const uint16_t *>(first), 0);
   }
   __device__ __forceinline__ void load_second() { load(second, 1); }
   template <int kType>
@@ -115,41 +129,51 @@ struct PairOfRows {
   }
 
  private:
-  __device__ __forceinline__ const uint16_t *find(const Rows &rows, const ItemPlace &place) {
-    const int64_t last = EncodeShared<kHeadDim>::get().tokens - 1;
-    const int lane = current_lane();
-    const int64_t token = min(int64_t{place.group} * kRows + lane / 4 * 2, last);
-    const auto *first = static_cast<const uint16_t *>(rows.data) + token * rows.token_stride +
-                        int64_t{place.head} * rows.head_stride + 8 * (lane % 4);
-    second = first + (token < last ? rows.token_stride : 0);
-    return first;
-  }
   __device__ __forceinline__ void load(const uint16_t *from, int r) {
 #pragma unroll
-    for (int t = 0; t < kSteps; ++t) raw[r][t] = __ldg(reinterpret_cast<const uint4 *>(from + 32 * t));
+    for (int t = 0; t < kSteps; ++t) raw[r][t] = load_once(from + 32 * t);
   }
 };
 
 // Exact operands A of both rows, as Rotated's matrix wants them; of unusual rows zeros. Of the lane's row 2 g + q % 2 the
 // norm; whether all rows are usual.
-template <int kHeadDim, int kType>
-__device__ __forceinline__ bool quantise(const PairOfRows<kHeadDim> &rows, float unit, uint32_t (&a)[kHeadDim / 16][4],
-                                         float &norm) {
+template <int kHeadDim>
+__device__ __forceinline__ bool quantise(const PairOfRows<kHeadDim> &rows, int type, float unit,
+                                         uint32_t (&a)[kHeadDim / 16][4], float &norm) {
   constexpr int kSteps = kHeadDim / 32;
   constexpr bool kKept = kHeadDim <= 128;  // the values, in registers; else what they are made of
   float kept[kKept ? 2 : 1][kKept ? kSteps : 1][8], sum[2];
+  if constexpr (kKept) {  // nothing else is said twice: the loop has to fit the instruction cache
+    const auto unpack = [&](auto kType) {
+#pragma unroll
+      for (int i = 0; i < 2 * kSteps; ++i)
+        rows.template unpack<kType>(i / kSteps, i % kSteps, kept[i / kSteps][i % kSteps]);
+    };
+    if (type == TQ_TYPE_BF16) {
+      unpack(std::integral_constant<int, TQ_TYPE_BF16>());
+    } else {
+      unpack(std::integral_constant<int, TQ_TYPE_F16>());
+    }
+  }
+  const auto value = [&](int r, int t, float(&x)[8]) {
+    if constexpr (kKept) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = kept[r][t][i];
+    } else if (type == TQ_TYPE_BF16) {
+      rows.template unpack<TQ_TYPE_BF16>(r, t, x);
+    } else {
+      rows.template unpack<TQ_TYPE_F16>(r, t, x);
+    }
+  };
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float cell[8];
 #pragma unroll
     for (int t = 0; t < kSteps; ++t) {
       float x[8];
-      rows.template unpack<kType>(r, t, x);
+      value(r, t, x);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if constexpr (kKept) kept[r][t][i] = x[i];
-        cell[i] = t == 0 ? x[i] * x[i] : __fmaf_rn(x[i], x[i], cell[i]);
-      }
+      for (int i = 0; i < 8; ++i) cell[i] = t == 0 ? x[i] * x[i] : __fmaf_rn(x[i], x[i], cell[i]);
     }
     sum[r] = ((cell[0] + cell[1]) + (cell[2] + cell[3])) + ((cell[4] + cell[5]) + (cell[6] + cell[7]));
   }
@@ -157,20 +181,15 @@ __device__ __forceinline__ bool quantise(const PairOfRows<kHeadDim> &rows, float
   float norm2 = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(kAll, odd ? sum[0] : sum[1], 1);
   norm2 = norm2 + __shfl_xor_sync(kAll, norm2, 2);
   const bool usual = __all_sync(kAll, norm2 >= kMinSquaredNorm && norm2 <= kMaxSquaredNorm) != 0;
-  norm = sqrtf(norm2);
-  const float own = unit / norm, other = __shfl_xor_sync(kAll, own, 1);
+  norm = root_usual(norm2);
+  const float own = divide_usual(unit, norm), other = __shfl_xor_sync(kAll, own, 1);
   const float gain[2] = {odd ? other : own, odd ? own : other};
 #pragma unroll
   for (int t = 0; t < kSteps; ++t) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float x[8];
-      if constexpr (kKept) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = kept[r][t][i];
-      } else {
-        rows.template unpack<kType>(r, t, x);
-      }
+      value(r, t, x);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         a[2 * t + j][r] = pack_f16(x[4 * j] * gain[r], x[4 * j + 1] * gain[r]);
@@ -198,10 +217,10 @@ struct PairChooser {
   Chooser<kHeadDim, kDot> any;  // for kBits 0
   uint32_t sum[2] = {}, dot[2] = {};
 
-  __device__ __forceinline__ PairChooser(const EncodeShared<kHeadDim> &shared, bool four_bits)
-      : cells(shared.cells),
-        begin(shared.cell_of_0),
-        magnitudes(shared.magnitudes),
+  __device__ __forceinline__ PairChooser(const typename EncodeShared<kHeadDim>::Warp &warp, bool four_bits)
+      : cells(warp.cells),
+        begin(warp.cell_of_0),
+        magnitudes(warp.magnitudes),
         any{cells, begin, magnitudes, four_bits} {}
 
   __device__ __forceinline__ int32_t cell(float y) const { return __float_as_int(__fmaf_rz(y, cells, begin)); }
@@ -303,21 +322,20 @@ __device__ __forceinline__ void choose_columns(const float (&sum)[kCount], PairC
 // The rotation of a pair of rows, and their codes. next(): A is in use from now on, what it was made of is not. later():
 // there are registers again.
 template <int kHeadDim, int kBits, bool kDot, class Next, class Later>
-__device__ __forceinline__ void choose_pair(const typename Rotated<kHeadDim>::Matrix &matrix,
-                                            const uint32_t (&a)[kHeadDim / 16][4],
+__device__ __forceinline__ void choose_pair(uint32_t (&a)[kHeadDim / 16][4],
                                             PairChooser<kHeadDim, kBits, kDot> &chooser,
                                             typename Rotated<kHeadDim>::template Words<kBits> &words, Next &&next,
                                             Later &&later) {
   using R = Rotated<kHeadDim>;
   using Matrix = typename R::Matrix;
-  // One product at a time, since there are no registers for the sums of two: other warps have something to do meanwhile.
-  // The compiler would put off the codes of the first, so where the second's operands are depends on them.
-  uint32_t after = 0;
+  const Matrix matrix(EncodeShared<kHeadDim>::get().matrix);
+  // One product at a time where there are no registers for the sums of two: other warps have something to do meanwhile.
+  // The compiler would put off the codes of the first, so an operand of the second depends on them.
   const auto multiply = [&](auto part, auto first, auto count) {
     constexpr bool kLast = part == R::kParts - 1 && first + count == R::kPart;
     float sum[count / 2];
     Matrix::begin();
-    matrix.moved(after).template multiply<first, count / 2, part == 0 ? kHeadDim : R::kPart>(sum, a);
+    matrix.template multiply<first, count / 2, part == 0 ? kHeadDim : R::kPart>(sum, a);
     if constexpr (part == 0 && first == 0) next();
     Matrix::template wait<0>(sum);
     if constexpr (kLast) later();
@@ -327,13 +345,14 @@ __device__ __forceinline__ void choose_pair(const typename Rotated<kHeadDim>::Ma
       uint32_t all = chooser.dots();
 #pragma unroll
       for (int i = kFirst; i < kEnd; ++i) all = all ^ words[part][0][i] ^ words[part][1][i];
-      after = all & EncodeShared<kHeadDim>::get().zero;
+      a[0][0] |= all & EncodeShared<kHeadDim>::warp().zero;
     }
   };
   const auto multiply_part = [&](auto part) {
-    multiply(part, std::integral_constant<int, 0>(), std::integral_constant<int, 64>());
-    if constexpr (R::kPart > 64) {
-      multiply(part, std::integral_constant<int, 64>(), std::integral_constant<int, R::kPart - 64>());
+    constexpr int kCount = R::kPart < 64 ? R::kPart : 64;
+    multiply(part, std::integral_constant<int, 0>(), std::integral_constant<int, kCount>());
+    if constexpr (R::kPart > kCount) {
+      multiply(part, std::integral_constant<int, kCount>(), std::integral_constant<int, R::kPart - kCount>());
     }
   };
   multiply_part(std::integral_constant<int, 0>());
@@ -342,42 +361,61 @@ __device__ __forceinline__ void choose_pair(const typename Rotated<kHeadDim>::Ma
 
 // ---- where codes go
 
-// Of the lane's two rows: where their records are, or, of a whole tile of V, their group of four rows.
+// Where a lane's words are: of its rows 2 g and 2 g + 1, or, in V's tiles, of their group of four rows.
 struct PairPlaces {
-  uint8_t *plane0, *plane1;
-  int64_t next0, next1;  // to the second row
-  uint8_t *scale;        // of row 2 g + q % 2
-  bool coded[2], wide;   // wide: 16-byte aligned
+  uint8_t *plane0, *plane1, *scale;  // scale: of row 2 g + q % 2
+  int64_t next0, next1;              // to the second row
 };
 
-// Of an item without slots, or of one whose rows are the whole tile that begins at `slot`.
-template <int kHeadDim, int kBits, bool kPaged>
-__device__ __forceinline__ PairPlaces find_pair(const VectorSide &v, int64_t token, int head, int64_t slot, int lane) {
-  const SideParams &side = v.side;
-  const int plane1_bytes = plane_bytes(kHeadDim, kBits == 1 ? 3 : kBits, 1);
-  const int plane0_bytes = kBits == 1 ? 0 : plane_bytes(kHeadDim, kBits, 0);
-  const int second = lane % 2;
-  PairPlaces p;
-  if constexpr (!kPaged) {
-    const int64_t tokens = EncodeShared<kHeadDim>::get().tokens;
-    p.coded[0] = token < tokens;
-    p.coded[1] = token + 1 < tokens;
-    p.wide = v.flat.alignment == 16;
-    p.plane0 = v.flat.codes + token * v.flat.codes_stride;
-    p.plane1 = p.plane0 + plane0_bytes;
-    p.next0 = p.next1 = v.flat.codes_stride;
-    p.scale = v.flat.scales + (token + second) * v.flat.scales_stride;
-  } else {
-    p.coded[0] = p.coded[1] = p.wide = true;
-    uint8_t *tile = tile_at(v.tiles, slot, head);
-    const int row = lane / 4 * 2;
-    p.plane0 = tile + v.tiles.codes_offset + (side.is_v ? 16 * (row / 4) : row * plane0_bytes);
-    p.plane1 =
-        tile + v.tiles.codes_offset + kTileTokens * plane0_bytes + (side.is_v ? 16 * (row / 4) : row * plane1_bytes);
-    p.next0 = plane0_bytes;
-    p.next1 = plane1_bytes;
-    p.scale = tile + v.tiles.scales_offset + (row + second) * scale_bytes(side);
+// Of a lane's words of the first part in a tile, from its codes on.
+template <int kHeadDim>
+struct PairOffsets {
+  using R = Rotated<kHeadDim>;
+  int32_t plane0, plane1, scale;
+
+  __device__ static int plane0_bytes(int bits) { return bits == 1 ? 0 : plane_bytes(kHeadDim, bits, 0); }
+  __device__ static int plane1_bytes(int bits) { return plane_bytes(kHeadDim, bits == 1 ? 3 : bits, 1); }
+  __device__ static int words(int bits) { return bits == 4 ? R::kChunks : R::kChunks / 2; }
+
+  __device__ __forceinline__ static int index0(int bits, int lane) { return words(bits) * (lane % 4); }
+  __device__ __forceinline__ static int index1(int lane) { return R::kChunks == 4 ? lane % 4 : lane % 4 / 2; }
+
+  __device__ PairOffsets(const VectorSide &v, int lane) {
+    const SideParams &side = v.side;
+    const int row = lane / 4 * 2, four = 16 * (row / 4);
+    plane0 =
+        side.is_v ? four + 64 * index0(side.bits, lane) : row * plane0_bytes(side.bits) + 4 * index0(side.bits, lane);
+    plane1 = kTileTokens * plane0_bytes(side.bits) +
+             (side.is_v ? four + 64 * index1(lane) : row * plane1_bytes(side.bits) + 4 * index1(lane));
+    scale = int32_t(v.tiles.scales_offset - v.tiles.codes_offset) + (row + lane % 2) * scale_bytes(side);
   }
+};
+
+// Of an item without slots all of whose tokens there are, `token` the lane's first.
+template <int kHeadDim, int kBits>
+__device__ __forceinline__ PairPlaces find_records(const VectorSide &v, int64_t token, int lane) {
+  using Offsets = PairOffsets<kHeadDim>;
+  PairPlaces p;
+  p.next0 = p.next1 = v.flat.codes_stride;
+  p.plane0 = v.flat.codes + token * p.next0;
+  p.plane1 = p.plane0 + (Offsets::plane0_bytes(kBits) + 4 * Offsets::index1(lane));
+  p.plane0 += 4 * Offsets::index0(kBits, lane);
+  p.scale = v.flat.scales + (token + lane % 2) * v.flat.scales_stride;
+  return p;
+}
+
+// Of an item whose rows are a whole tile.
+template <int kHeadDim, int kBits>
+__device__ __forceinline__ PairPlaces find_tile(const typename EncodeShared<kHeadDim>::Warp &warp, uint32_t tile,
+                                                uint32_t head, int lane) {
+  using Offsets = PairOffsets<kHeadDim>;
+  uint8_t *codes = warp.tiles.at(tile, head);
+  PairPlaces p;
+  p.plane0 = codes + warp.plane0_at[lane];
+  p.plane1 = codes + warp.plane1_at[lane];
+  p.scale = codes + warp.scale_at[lane];
+  p.next0 = Offsets::plane0_bytes(kBits);
+  p.next1 = Offsets::plane1_bytes(kBits);
   return p;
 }
 
@@ -410,24 +448,23 @@ __device__ __forceinline__ uint32_t plane1_word(const uint32_t (&nibbles)[kCount
 
 // A lane's neighbouring words of a row; `at` is their place.
 template <int kWords>
-__device__ __forceinline__ void write_row_words(uint8_t *at, const uint32_t *word, bool wide) {
-  auto *to = reinterpret_cast<uint32_t *>(at);
-  if (kWords % 2 != 0 || !wide) {
+__device__ __forceinline__ void write_row_words(uint8_t *at, const uint32_t *word) {
+  if constexpr (kWords % 2 != 0) {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) to[i] = word[i];
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint32_t *>(at)[i] = word[i];
   } else if constexpr (kWords == 2) {
     *reinterpret_cast<uint2 *>(at) = make_uint2(word[0], word[1]);
   } else {
-    static_assert(kWords == 4 || kWords % 2 != 0);
+    static_assert(kWords == 4);
     *reinterpret_cast<uint4 *>(at) = make_uint4(word[0], word[1], word[2], word[3]);
   }
 }
 
-// The same of V: word i of a plane is at 64 i, its bytes those of four rows. Of four rows two lanes have two each, and
-// trade halves.
+// The same of V: a word's bytes are those of four rows, the next word is 64 bytes on. Of four rows two lanes have two
+// each, and trade halves.
 template <int kWords>
-__device__ __forceinline__ void write_v_words(uint8_t *plane, int index, const uint32_t *word0, const uint32_t *word1,
-                                              bool wanted, int lane) {
+__device__ __forceinline__ void write_v_words(uint8_t *at, const uint32_t *word0, const uint32_t *word1, bool wanted,
+                                              int lane) {
   const bool upper = (lane & 4) != 0;
   uint32_t low[kWords], high[kWords];  // bytes of both rows in turn
 #pragma unroll
@@ -447,49 +484,44 @@ __device__ __forceinline__ void write_v_words(uint8_t *plane, int index, const u
     uint4 whole;
     trade(low[i], low[i + kWords / 2], whole.x, whole.y);
     trade(high[i], high[i + kWords / 2], whole.z, whole.w);
-    if (wanted) *reinterpret_cast<uint4 *>(plane + 64 * (index + i + (upper ? kWords / 2 : 0))) = whole;
+    if (wanted) *reinterpret_cast<uint4 *>(at + 64 * i + (upper ? 64 * (kWords / 2) : 0)) = whole;
   }
   if constexpr (kWords % 2 != 0) {  // halves of the last
     constexpr int kLast = kWords - 1;
     uint2 half;
     trade(low[kLast], high[kLast], half.x, half.y);
-    if (wanted) *reinterpret_cast<uint2 *>(plane + 64 * (index + kLast) + (upper ? 8 : 0)) = half;
+    if (wanted) *reinterpret_cast<uint2 *>(at + 64 * kLast + (upper ? 8 : 0)) = half;
   }
 }
 
-template <int kHeadDim, int kBits, bool kPaged>
-__device__ __forceinline__ void write_pair(const VectorSide &v,
-                                           const typename Rotated<kHeadDim>::template Words<kBits> &words,
-                                           const PairPlaces &p, int lane) {
+template <int kHeadDim, int kBits>
+__device__ __forceinline__ void write_pair(const typename Rotated<kHeadDim>::template Words<kBits> &words,
+                                           const PairPlaces &p, bool in_tile_of_v, int lane) {
   using R = Rotated<kHeadDim>;
   constexpr int kPlane0 = kBits == 4 ? R::kChunks : kBits >= 2 ? R::kChunks / 2 : 0;  // words of a lane and part
-  const bool in_tile_of_v = kPaged && v.side.is_v;
 #pragma unroll
   for (int part = 0; part < R::kParts; ++part) {
     if constexpr (kPlane0 > 0) {
       uint32_t word[2][kPlane0];
 #pragma unroll
       for (int r = 0; r < 2; ++r) plane0_words<kBits>(words[part][r], word[r]);
-      const int index = kPlane0 * (4 * part + lane % 4);
+      constexpr int kWords = 4 * kPlane0;  // of a part
       if (in_tile_of_v) {
-        write_v_words<kPlane0>(p.plane0, index, word[0], word[1], true, lane);
+        write_v_words<kPlane0>(p.plane0 + 64 * kWords * part, word[0], word[1], true, lane);
       } else {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          if (p.coded[r]) write_row_words<kPlane0>(p.plane0 + r * p.next0 + 4 * index, word[r], p.wide);
-        }
+        for (int r = 0; r < 2; ++r) write_row_words<kPlane0>(p.plane0 + r * p.next0 + 4 * kWords * part, word[r]);
       }
     }
     if constexpr (kBits == 3 || kBits == 1) {
       const uint32_t word[2] = {plane1_word<kBits>(words[part][0], lane), plane1_word<kBits>(words[part][1], lane)};
       const bool wanted = R::kChunks == 4 || lane % 2 == 0;
-      const int index = R::kChunks == 4 ? 4 * part + lane % 4 : lane % 4 / 2;
       if (in_tile_of_v) {
-        write_v_words<1>(p.plane1, index, &word[0], &word[1], wanted, lane);
+        write_v_words<1>(p.plane1 + 64 * 4 * part, &word[0], &word[1], wanted, lane);
       } else {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (p.coded[r] && wanted) write_row_words<1>(p.plane1 + r * p.next1 + 4 * index, &word[r], p.wide);
+          if (wanted) write_row_words<1>(p.plane1 + r * p.next1 + 4 * 4 * part, &word[r]);
         }
       }
     }
@@ -499,124 +531,68 @@ __device__ __forceinline__ void write_pair(const VectorSide &v,
 // ---- the loop
 
 inline constexpr uint32_t kBeyond = 0x80000000;  // more items than there are
+inline constexpr uint32_t kNoTile = UINT32_MAX;
 
-// kBits: 0 for any up to 4; kPaged: there are slots. All warps of a block go round as often as the first, so that they can multiply together.
+// choose_scale() of usual rows.
+__device__ __forceinline__ float usual_scale(int rule, float norm, uint64_t dot, int uu, float gain) {
+  if (rule == TQ_SCALE_LEAST_MSE) return divide_usual(float(int64_t(dot)), float(uu)) * norm * gain;
+  if (rule == TQ_SCALE_NORM) return divide_usual(norm, root_usual(float(uu))) * gain;
+  return divide_usual(norm, float(int64_t(dot))) * gain;
+}
+
+// kBits: 0 for any up to 4; kPaged: there are slots. All warps of a block go round as often as the first, so that they can
+// multiply together. What is seldom done leaves the inner loop, which so fits the instruction cache.
 template <int kHeadDim, int kBits, bool kDot, bool kPaged>
 __device__ __forceinline__ void encode_pairs(const VectorCall &call, const VectorSide &v) {
   using R = Rotated<kHeadDim>;
-  auto &shared = EncodeShared<kHeadDim>::get();
   auto &warp = EncodeShared<kHeadDim>::warp();
   const SideParams &side = v.side;
-  const typename R::Matrix matrix(shared.matrix);
 
   constexpr bool kEarly = kHeadDim <= 128 && !kDot;  // where there are registers for rows that are under way
-  PairOfRows<kHeadDim> rows;
+  constexpr bool kDirect = kBits != 0 && R::whole_words(kBits);  // whole words go straight to where they belong
+  const uint32_t items = uint32_t((call.tokens + kRows - 1) / kRows) * uint32_t(call.heads);
+  const uint32_t stride = gridDim.x * rotated_warps(kHeadDim);
   if (lane_index() == 0) {
     warp.num_put_off = 0;
     warp.rest = make_uint2(uint32_t((call.tokens + kRows - 1) / kRows), 0);
-    warp.offset = threadIdx.x / 32 * gridDim.x;
   }
   __syncwarp();
   // Little is kept from one item to the next: there are no registers for it.
-  const auto place_of = [&](uint32_t item) { return ItemPlace(item, uint32_t(call.heads), shared.per_head); };
-  {
-    const ItemPlace first = place_of(blockIdx.x + warp.offset);
-    rows.load_first(v.rows, first);
-    rows.load_second();
-  }
-#pragma unroll 1
-  for (uint32_t first_item = blockIdx.x; first_item < shared.items; first_item += shared.stride) {
-    const uint32_t item = first_item + warp.offset;
-    const ItemPlace place = place_of(item);
-    const uint32_t group = place.group;
-    const int head = int(place.head);
-    const int64_t own_token = int64_t{group} * kRows + lane_index() % kRows;
-    int64_t slot = -1, exact_slot = -1;
-    if constexpr (kPaged) {  // long before they are needed
-      if (own_token < shared.tokens) {
-        slot = call.slots[own_token];
-        if (call.exact_slots != nullptr) exact_slot = call.exact_slots[own_token];
-      }
-    }
-    uint32_t a[kHeadDim / 16][4];
-    float norm;
-    bool usual;
-    if (v.rows.type == TQ_TYPE_BF16) {
-      usual = quantise<kHeadDim, TQ_TYPE_BF16>(rows, shared.unit, a, norm);
-    } else {
-      usual = quantise<kHeadDim, TQ_TYPE_F16>(rows, shared.unit, a, norm);
-    }
-    PairChooser<kHeadDim, kBits, kDot> chooser(shared, kBits == 0 ? side.bits == 4 : kBits == 4);
-    typename R::template Words<kBits> words{};
-    const auto read_first = [&] {
-      if constexpr (kEarly) rows.load_first(v.rows, place_of(item + shared.stride));
-    };
-    const auto read_rest = [&] {
-      if constexpr (!kEarly) rows.load_first(v.rows, place_of(item + shared.stride));
-      rows.load_second();
-    };
-    choose_pair(matrix, a, chooser, words, read_first, read_rest);
-    if (item >= shared.items) continue;
-    const bool odd = current_lane() % 2 != 0;
-    // Both sums of the lane's row 2 g + q % 2.
-    const auto own_sum = [&](auto x0, auto x1) {
-      auto sum = (odd ? x1 : x0) + __shfl_xor_sync(kAll, odd ? x0 : x1, 1);
-      return sum + __shfl_xor_sync(kAll, sum, 2);
-    };
-    int uu;
-    uint64_t dot = 0;
-    if constexpr (kBits == 0) {
-      uu = int(own_sum(chooser.any.uu[0], chooser.any.uu[1]));
-      if constexpr (kDot) dot = own_sum(uint64_t{chooser.any.dot[0]}, uint64_t{chooser.any.dot[1]});
-    } else {
-      uu = chooser.squares(own_sum(chooser.sum[0], chooser.sum[1]));
-      if constexpr (kDot) dot = own_sum(uint64_t{chooser.dot[0]}, uint64_t{chooser.dot[1]});
-    }
-
-    constexpr bool kDirect = kBits != 0 && R::whole_words(kBits);  // whole words go straight to where they belong
-    bool simple = kDirect;
-    int64_t first_slot = 0;
+  const auto place_of = [&](uint32_t item) { return ItemPlace(item, uint32_t(call.heads), warp.per_head); };
+  PairOfRows<kHeadDim> rows;
+  const auto begin_slots = [&](uint32_t item, const ItemPlace &place) {
     if constexpr (kPaged) {
-      first_slot = __shfl_sync(kAll, slot, 0);
-      usual = usual && exact_slot == -1;
-      const bool whole = __all_sync(kAll, usual && slot == first_slot + lane_index() % kRows && slot >= 0 &&
-                                              slot < v.tiles.num_slots && first_slot % kTileTokens == 0) != 0;
-      simple = simple && whole;
-      usual = usual && !check_slots(v, slot, -1).bad;
-    }
-    if ((!kPaged || !simple) && !__all_sync(kAll, usual)) [[unlikely]] {
-      const int n = warp.num_put_off;
-      __syncwarp();
-      if (n == kPutOff) {
-        if (lane_index() == 0) {
-          warp.rest = make_uint2(group, uint32_t(head));
-          warp.offset = kBeyond;
-        }
-        __syncwarp();
-        continue;
+      const int lane = current_lane();
+      const uint64_t from = warp.slots_from[lane];
+      __syncwarp();  // all have read what this overwrites
+      if (item < warp.whole && from != 0) {
+        copy_to_shared(shared_address(warp.slots) + 8 * lane,
+                       reinterpret_cast<const void *>(from + uint64_t{place.group} * (8 * kRows)));
       }
-      if (lane_index() == 0) {
-        warp.put_off[n] = make_uint2(group, uint32_t(head));
-        warp.num_put_off = n + 1;
-      }
-      __syncwarp();
-      continue;
     }
-    const int lane = current_lane(), row = lane / 4 * 2 + lane % 2;
+  };
+  uint32_t item = blockIdx.x + threadIdx.x / 32 * gridDim.x;
+  int rounds = int((items - blockIdx.x + stride - 1) / stride);
+  if (rounds > 0) {
+    const ItemPlace first = place_of(item);
+    rows.load_first(v.rows, item, first);
+    rows.load_second();
+    begin_slots(item, first);
+  }
+  while (rounds > 0) {
+    typename R::template Words<kBits> words{};
+    uint32_t current = item;
+    ItemPlace place{};
+    float norm = 0;
+    int uu = 0, outcome = kFine;
+    uint64_t dot = 0;
+    int64_t slot = -1, exact_slot = -1;
+    bool usual = false, written = false;
     const auto write_scale = [&](uint8_t *to) {
-      const float value = choose_scale(kDot ? side.scale_rule : TQ_SCALE_NORM, norm, int64_t(dot), uu, side.scale_gain);
-      const int outcome = store_scale(value, side.scale_type, to);
-      if (outcome != kFine) count_outcome(shared.faults, outcome, call.first_token + int64_t{group} * kRows + row);
+      outcome = store_scale(usual_scale(kDot ? side.scale_rule : TQ_SCALE_NORM, norm, dot, uu, side.scale_gain),
+                            side.scale_type, to);
     };
-    if (simple) [[likely]] {
-      if constexpr (kDirect) {
-        const int64_t token = int64_t{group} * kRows + lane / 4 * 2;
-        const PairPlaces places = find_pair<kHeadDim, kBits, kPaged>(v, token, head, first_slot, lane);
-        if (lane % 4 < 2 && (lane % 2 != 0 ? places.coded[1] : places.coded[0])) write_scale(places.scale);
-        write_pair<kHeadDim, kBits, kPaged>(v, words, places, lane);
-      }
-    } else {
-      // By way of shared memory.
+    const auto write_by_memory = [&](int lane) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
         const int part = i / (2 * R::kChunks), r = i / R::kChunks % 2, t = i % R::kChunks;
@@ -625,8 +601,10 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
         warp.nibbles[(lane / 4 * 2 + r) * EncodeShared<kHeadDim>::kStride + index] =
             kBits != 2 ? word : (t % 2 == 0 ? word : word >> 2) & 0x33333333;
       }
-      const int64_t own_slot = own_token >= shared.tokens ? -1 : kPaged ? slot : own_token;
-      const uint32_t coded = find_places<kHeadDim>(call, v, own_token, own_slot, head, warp);
+      const int row = lane / 4 * 2 + lane % 2;
+      const int64_t own_token = int64_t{place.group} * kRows + lane % kRows;
+      const int64_t own_slot = own_token >= warp.tokens ? -1 : kPaged ? slot : own_token;
+      const uint32_t coded = find_places<kHeadDim>(call, v, own_token, own_slot, int(place.head), warp);
       __syncwarp();
       if (lane % 4 < 2 && (coded >> row & 1) != 0) write_scale(reinterpret_cast<uint8_t *>(warp.scale[row]));
       if constexpr (kBits != 0) {
@@ -635,8 +613,121 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
         write_codes<kHeadDim>(call, v, warp, coded);
       }
       __syncwarp();
+    };
+#pragma unroll 1
+    do {
+      copies_wait();
+      uint32_t first_tile = kNoTile;  // of an item whose rows are a whole tile
+      slot = exact_slot = -1;
+      if constexpr (kPaged) {
+        __syncwarp();
+        const int lane = current_lane();
+        if constexpr (kDirect) {
+          const int64_t own = warp.slots[lane], first = warp.slots[0];
+          const bool follows = __all_sync(kAll, own == (lane < kRows ? first + lane : -1)) != 0;
+          // A slot within a tile, or a negative one, is a tile that there is not.
+          const uint64_t tile = uint64_t(first) >> 4 | uint64_t(first) << 60;
+          if (follows && item < warp.whole && tile < warp.tiles.count) first_tile = uint32_t(tile);
+        } else if (item < warp.whole) {
+          slot = warp.slots[lane % kRows];
+          exact_slot = warp.slots[kRows + lane % kRows];
+        }
+      }
+      uint32_t a[kHeadDim / 16][4];
+      usual = quantise<kHeadDim>(rows, v.rows.type, warp.unit, a, norm);
+      PairChooser<kHeadDim, kBits, kDot> chooser(warp, kBits == 0 ? side.bits == 4 : kBits == 4);
+      current = item;
+      const auto next = [&] {
+        const uint32_t after = current + warp.stride;
+        const ItemPlace where = place_of(after);
+        if constexpr (kEarly) rows.load_first(v.rows, after, where);
+        begin_slots(after, where);
+      };
+      const auto later = [&] {
+        const uint32_t after = current + warp.stride;
+        if constexpr (!kEarly) rows.load_first(v.rows, after, place_of(after));
+        rows.load_second();
+      };
+      choose_pair<kHeadDim, kBits, kDot>(a, chooser, words, next, later);
+      item = current + warp.stride;
+      --rounds;
+      const bool odd = current_lane() % 2 != 0;
+      // Both sums of the lane's row 2 g + q % 2.
+      const auto own_sum = [&](auto x0, auto x1) {
+        auto sum = (odd ? x1 : x0) + __shfl_xor_sync(kAll, odd ? x0 : x1, 1);
+        return sum + __shfl_xor_sync(kAll, sum, 2);
+      };
+      dot = 0;
+      if constexpr (kBits == 0) {
+        uu = int(own_sum(chooser.any.uu[0], chooser.any.uu[1]));
+        if constexpr (kDot) dot = own_sum(uint64_t{chooser.any.dot[0]}, uint64_t{chooser.any.dot[1]});
+      } else {
+        uu = chooser.squares(own_sum(chooser.sum[0], chooser.sum[1]));
+        if constexpr (kDot) dot = own_sum(uint64_t{chooser.dot[0]}, uint64_t{chooser.dot[1]});
+      }
+
+      written = false;
+      const int lane = current_lane();
+      place = place_of(current);
+      if constexpr (!kDirect) {
+        if constexpr (kPaged) usual = usual && exact_slot == -1 && !check_slots(v, slot, -1).bad;
+        if (!__all_sync(kAll, usual && current < warp.whole)) break;
+      } else if constexpr (kPaged) {
+        if (!usual || first_tile == kNoTile) break;
+      } else {
+        if (!usual || current >= warp.whole || v.flat.alignment != 16) break;
+      }
+      written = true;
+      if constexpr (kDirect) {
+        const PairPlaces places =
+            kPaged ? find_tile<kHeadDim, kBits>(warp, first_tile, place.head, lane)
+                   : find_records<kHeadDim, kBits>(v, int64_t{place.group} * kRows + lane / 4 * 2, lane);
+        if (lane % 4 < 2) write_scale(places.scale);
+        write_pair<kHeadDim, kBits>(words, places, kPaged && side.is_v, lane);
+      } else {
+        write_by_memory(lane);
+      }
+    } while (!__any_sync(kAll, outcome != kFine) && rounds > 0);
+
+    const int lane = current_lane();
+    place = place_of(current);
+    const auto count = [&] {
+      if (outcome == kFine) return;
+      count_outcome(call.faults, outcome, call.first_token + int64_t{place.group} * kRows + (lane / 4 * 2 + lane % 2));
+    };
+    if (written) {
+      count();
+      continue;
     }
+    if (current >= items) continue;
+    if constexpr (kPaged) {
+      slot = exact_slot = -1;
+      const int64_t own_token = int64_t{place.group} * kRows + lane % kRows;
+      if (own_token < warp.tokens) {
+        slot = call.slots[own_token];
+        if (call.exact_slots != nullptr) exact_slot = call.exact_slots[own_token];
+      }
+    }
+    if constexpr (kPaged) usual = usual && exact_slot == -1 && !check_slots(v, slot, -1).bad;
+    if (__all_sync(kAll, usual)) {
+      write_by_memory(lane);
+      count();
+      continue;
+    }
+    const int n = warp.num_put_off;
+    __syncwarp();
+    if (lane == 0) {
+      if (n == kPutOff) {
+        warp.rest = make_uint2(place.group, place.head);
+      } else {
+        warp.put_off[n] = make_uint2(place.group, place.head);
+        warp.num_put_off = n + 1;
+      }
+    }
+    if (n == kPutOff) item = kBeyond;
+    __syncwarp();
   }
+  copies_wait();  // of the item after the last
 }
 
 // Sides whose scales are made of norms, which have loops of their own.
@@ -661,19 +752,37 @@ __global__ void __launch_bounds__(32 * rotated_warps(kHeadDim), kHasWgmma ? rota
   const bool norms = is_norms(side), table = !(is_two_bits(side) || (norms && side.bits == 2));
   const Entry entry = !norms ? Entry::kTwice : side.bits == 4 ? Entry::kMagnitude : Entry::kCode;
   if (table) fill_table(side, shared.table, entry);
+  auto &warp = EncodeShared<kHeadDim>::warp();
+  if (lane_index() == 0) {
+    warp.stride = gridDim.x * rotated_warps(kHeadDim);
+    warp.per_head = UINT32_MAX / uint32_t(call.heads);
+    warp.zero = 0;
+    warp.unit = side.steps * 0x1p-24f;
+    warp.cells = (table ? side.cells : cells_of_two_bits(side)) * kPerBit;
+    const uint32_t below = entry == Entry::kMagnitude ? 0 : uint32_t(side.half_cells);
+    warp.cell_of_0 = __uint_as_float(table ? shared_address(shared.table) + below : 2);
+    warp.magnitudes = magnitude_bytes(side);
+    warp.tokens = call.tokens;
+    warp.whole = uint32_t(call.tokens / kRows) * uint32_t(call.heads);
+    warp.group_stride = v.rows.token_stride * (2 * kRows);
+    warp.head_stride = v.rows.head_stride * 2;
+    warp.token_stride = v.rows.token_stride * 2;
+    if constexpr (kPaged) warp.tiles = WholeTiles(v.tiles);
+  }
+  warp.rows_from[lane_index()] = reinterpret_cast<uint64_t>(
+      static_cast<const uint16_t *>(v.rows.data) + lane_index() / 4 * 2 * v.rows.token_stride + 8 * (lane_index() % 4));
+  if constexpr (kPaged) {
+    const PairOffsets<kHeadDim> offsets(v, lane_index());
+    warp.plane0_at[lane_index()] = offsets.plane0;
+    warp.plane1_at[lane_index()] = offsets.plane1;
+    warp.scale_at[lane_index()] = offsets.scale;
+    warp.slots[lane_index()] = -1;
+    const int64_t *slots = lane_index() < kRows ? call.slots : call.exact_slots;
+    warp.slots_from[lane_index()] = slots != nullptr ? reinterpret_cast<uint64_t>(slots + lane_index() % kRows) : 0;
+  }
   if (threadIdx.x == 0) {
     shared.magnitudes = magnitude_bytes(side);
     shared.put_off = 0;
-    shared.zero = 0;
-    shared.items = uint32_t((call.tokens + kRows - 1) / kRows) * uint32_t(call.heads);
-    shared.stride = gridDim.x * rotated_warps(kHeadDim);
-    shared.tokens = call.tokens;
-    shared.faults = call.faults;
-    shared.per_head = UINT32_MAX / uint32_t(call.heads);
-    shared.unit = side.steps * 0x1p-24f;
-    shared.cells = (table ? side.cells : cells_of_two_bits(side)) * kPerBit;
-    const uint32_t below = entry == Entry::kMagnitude ? 0 : uint32_t(side.half_cells);
-    shared.cell_of_0 = __uint_as_float(table ? shared_address(shared.table) + below : 2);
   }
   __syncthreads();
   fill_matrix<kHeadDim>(side, shared.signs, shared.matrix);

@@ -23,8 +23,9 @@ struct SharedMatrix {
 
   __device__ __forceinline__ explicit SharedMatrix(const uint4 *matrix) : SharedMatrix(shared_address(matrix)) {}
 
-  // The same that many bytes further on.
-  __device__ __forceinline__ SharedMatrix moved(uint32_t bytes) const { return SharedMatrix(address + bytes); }
+  // At an address of shared memory.
+  __device__ __forceinline__ explicit SharedMatrix(uint32_t at)
+      : address(at), descriptor(wgmma_descriptor(at, kStride, 128)) {}
 
   // d = A B, the columns from kFirstColumn on; a[s]: A's operand of rows 16 s .. 16 s + 15 of B. Rows from kMinusFrom on
   // count negative. d is there after wait().
@@ -67,9 +68,6 @@ struct SharedMatrix {
   }
 
  private:
-  __device__ __forceinline__ explicit SharedMatrix(uint32_t at)
-      : address(at), descriptor(wgmma_descriptor(at, kStride, 128)) {}
-
   template <int s, int kFirstColumn, int kCount, int kMinusFrom>
   __device__ __forceinline__ void step(float (&d)[kCount], const uint32_t (&a)[kSteps][4]) const {
     // The address is in the lower half, which does not overflow.

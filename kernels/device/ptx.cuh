@@ -26,6 +26,25 @@ __device__ __forceinline__ uint32_t load_shared_byte(uint32_t address) {
   return byte;
 }
 
+// ld.global.nc of what nobody reads again, in its turn: the compiler does not put it off.
+__device__ __forceinline__ uint4 load_once(const void *global) {
+  uint4 words;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(__cvta_generic_to_global(global))
+               : "memory");
+  return words;
+}
+
+// cp.async: the thread copies 8 bytes, which are there for it after copies_wait().
+__device__ __forceinline__ void copy_to_shared(uint32_t shared, const void *global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 // prefetch.global: brings the line of an address into the L1 or the L2 cache.
 __device__ __forceinline__ void prefetch_l1(const void *address) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(address)));
@@ -115,6 +134,21 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// a / b and sqrt(x) as IEEE rounds them, without the branches of `/` and sqrtf() for what is far from 1: what they do for
+// all but that. For b and a / b of 2^-100 .. 2^100, x of 2^-100 .. 2^100, and a zero; of others the result is wrong.
+__device__ __forceinline__ float divide_usual(float a, float b) {
+  const float approx = reciprocal_approx(b);
+  const float inverse = __fmaf_rn(approx, __fmaf_rn(-b, approx, 1.0f), approx);
+  const float first = a * inverse, quotient = __fmaf_rn(inverse, __fmaf_rn(-b, first, a), first);
+  return __fmaf_rn(inverse, __fmaf_rn(-b, quotient, a), quotient);
+}
+__device__ __forceinline__ float root_usual(float x) {
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  const float root = x * inverse, half = inverse * 0.5f;
+  return __fmaf_rn(__fmaf_rn(-root, root, x), half, root);
 }
 
 // mma.sync.aligned.m16n8k32.row.col.s32.{u8,s8}.{u8,s8}.s32: d = A B + c, A [16, 32] of bytes A, B [32, 8] of bytes B,

@@ -291,6 +291,14 @@ unsigned next_lane(unsigned ready, unsigned lane) {
   stop("every thread waits");
 }
 
+void make(const Copy &copy) {
+  if (copy.from != nullptr) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  } else {
+    std::memset(copy.to, 0, copy.bytes);
+  }
+}
+
 // Ends a phase of an mbarrier, for which nothing is missing but that its copies are made.
 void complete(int index) {
   Barrier &b = block.mbarriers[index];
@@ -300,13 +308,7 @@ void complete(int index) {
   AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
   AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
 #endif
-  for (const Copy &copy : b.copies) {
-    if (copy.from != nullptr) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    } else {
-      std::memset(copy.to, 0, copy.bytes);
-    }
-  }
+  for (const Copy &copy : b.copies) make(copy);
 #if defined(TQKV_EMULATION_RACES)
   AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
   AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
@@ -643,17 +645,23 @@ void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *word)
   happens_before(b.order[b.phase % 2]);
 }
 
-void async_copy(void *shared, const void *global, bool zeros) {
-  constexpr uint32_t kBytes = 16;
-  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % kBytes != 0) {
+void async_copy(void *shared, const void *global, bool zeros, uint32_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % bytes != 0) {
     stop("async_copy: from %p to %p are not aligned", global, shared);
   }
-  check_shared("async_copy", shared, kBytes);
-  if (!zeros) reads(global, kBytes);
-  writes(shared, kBytes);
-  std::memset(shared, 0xff, kBytes);
+  check_shared("async_copy", shared, bytes);
+  if (!zeros) reads(global, bytes);
+  writes(shared, bytes);
+  std::memset(shared, 0xff, bytes);
   const Unwatched unwatched;
-  block.thread[block.running].copies.push_back({shared, zeros ? nullptr : global, kBytes});
+  block.thread[block.running].copies.push_back({shared, zeros ? nullptr : global, bytes});
+}
+
+void copies_wait() {
+  const Unwatched unwatched;
+  std::vector<Copy> &copies = block.thread[block.running].copies;
+  for (const Copy &copy : copies) make(copy);
+  copies.clear();
 }
 
 void barrier_arrive_copied(uint64_t *word) {

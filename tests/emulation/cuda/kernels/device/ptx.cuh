@@ -44,6 +44,19 @@ inline uint32_t load_shared_word(uint32_t address) {
   return *reinterpret_cast<const uint32_t *>(shared_window() + address);
 }
 
+// ld.global.nc
+inline uint4 load_once(const void *global) {
+  return __ldg(static_cast<const uint4 *>(global));
+}
+
+// cp.async
+inline void copy_to_shared(uint32_t shared, const void *global) {
+  ::emulation::async_copy(reinterpret_cast<void *>(shared_window() + shared), global, false, 8);
+}
+inline void copies_wait() {
+  ::emulation::copies_wait();
+}
+
 inline void prefetch_l1(const void *) {}
 inline void prefetch_l2(const void *) {}
 
@@ -125,6 +138,12 @@ inline float log2_approx(float x) {
   return log2f(x);
 }
 
+inline float divide_usual(float a, float b) {
+  return a / b;
+}
+inline float root_usual(float x) {
+  return std::sqrt(x);
+}
 inline float reciprocal_approx(float x) {
   return flush_subnormal(1.0f / flush_subnormal(x));
 }
