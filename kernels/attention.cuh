@@ -832,17 +832,11 @@ class WarpRows {
     }
     float p[kTiles][4];
     uint32_t w[kTiles][4];
-    uint32_t bits;
-    bool moved = false;
-#pragma unroll 1
-    for (;;) {  // once more where references are moved: by the same code, which is there
-      bits = weights_of(y, v_scale, p, w);
-      const bool over = (bits & 0xffff0000) != kOne;
-      if (moved || !__any_sync(kAll, over || flags_ != 0)) break;
+    uint32_t bits = weights_of(y, v_scale, p, w);
+    const bool over = (bits & 0xffff0000) != kOne;
+    if (__any_sync(kAll, over || flags_ != 0)) {
       move_references(v_scale, left, y);
-      moved = true;
-    }
-    if (moved) {
+      bits = weights_of(y, v_scale, p, w);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
