@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // After attention: a block takes the segments of all splits of some rows, at most 8, of one kv head. Of its partial results, in
 // the order of splits or of CUDA blocks, warp w sums up every 8th from the w-th on, for all rows, without waiting for the
-// others; what the warps have is summed up in order and rotated back, a warp a row. So a row's bits do not depend on how
-// many rows a block has. Keys that are read raw are added before, for all rows of the block together.
+// others; what the warps have is summed up in order and rotated back, a warp a row. Keys that are read raw are added before,
+// for all rows of the block together. With a fixed split a row's bits do not depend on how many rows a block has.
 #include <algorithm>
 
 #include "kernels/device/launch.cuh"
@@ -977,7 +977,6 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_
   work.added = take(sizeof(float) * size_t(with_new ? rows * head_dim_v : 0));
   work.bytes = uint32_t(at);
   work.rows = rows;
-  for (work.lanes = 32; work.lanes * rows > 32;) work.lanes /= 2;
   work.columns = rows * head_dim_v / 4;
   work.row_of_column = (1u << 20) / uint32_t(head_dim_v / 4) + 1;
   return work;
@@ -1000,6 +999,9 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
   }
   FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, element_bytes(call), raw_tokens, kRawRows, block_rows,
                                 call.splits > call.page_splits);
+  // With a fixed split of the segment's rows, because what is taken together decides about the bits of sums.
+  const int lane_rows = call.split_tiles == 0 ? block_rows : std::min(rows, kMaxRows);
+  for (work.lanes = 32; work.lanes * lane_rows > 32;) work.lanes /= 2;
   work.per_lane = channels_per_lane(v);
   return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(kRawThreads), work.bytes, stream, call, v,
                           output, work);

@@ -57,7 +57,7 @@ void barrier_arrive(uint64_t *barrier, uint32_t expected_bytes);
 void barrier_wait(uint64_t *barrier, uint32_t parity);
 void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *barrier);
 
-// cp.async of 16 bytes, or zeros, and the arrival after the thread's copies so far; made as late as those above.
+// cp.async, or zeros; the arrival after the thread's copies so far, and the wait for them. Made as late as those above.
 void async_copy(void *shared, const void *global, bool zeros, uint32_t bytes = 16);
 void barrier_arrive_copied(uint64_t *barrier);
 void copies_wait();
