@@ -78,7 +78,8 @@ struct AttentionShared {
   int32_t num_items, listed_before, more;  // of the block's items
   int32_t current[kMostWarps];             // the item that a warp is at
   // Of list_items().
-  uint64_t sums[kMostWarps], first_segment, last_segment;
+  uint64_t sums[kMostWarps];
+  uint32_t first_segment, last_segment;
 };
 
 // A warp's team.
@@ -111,7 +112,7 @@ __device__ inline int tile_of(const AttentionItem &item, Team team, int step) {
 __device__ __forceinline__ void list_items(const AttentionCall &call, AttentionShared &shared, int before) {
   const uint32_t packs = uint32_t(call.head_packs), copies = uint32_t(call.head_parts) * packs;
   const DirectPart part = direct_part(call, shared.sums);
-  const uint64_t end = part.begin + uint64_t{part.units} * copies;
+  const uint32_t end = part.begin + part.units * copies;
   const UnitRange block = block_units(call, part.all, int(blockIdx.x));
   if (part.begin <= block.low && block.low < end) {
     shared.first_segment = part.before + (block.low - part.begin) / part.units;
@@ -123,14 +124,13 @@ __device__ __forceinline__ void list_items(const AttentionCall &call, AttentionS
   const int count = block.low < block.high ? int(shared.last_segment + 1 - shared.first_segment) : 0;
   if (threadIdx.x == 0) shared.num_items = min(count - before, kMaxItems), shared.more = count - before > kMaxItems;
   if (part.units > 0 && block.low < end && part.begin < block.high) {
-    uint32_t copy = block.low > part.begin ? uint32_t((block.low - part.begin) / part.units) : 0;
+    uint32_t copy = block.low > part.begin ? (block.low - part.begin) / part.units : 0;
     int at = int(part.before + copy - shared.first_segment) - before;
 #pragma unroll 1
-    for (uint64_t unit = part.begin + uint64_t{copy} * part.units; copy < copies && unit < block.high;
+    for (uint32_t unit = part.begin + copy * part.units; copy < copies && unit < block.high;
          ++copy, ++at, unit += part.units) {
       if (at < 0 || at >= kMaxItems) continue;
-      const uint32_t from = block.low > unit ? uint32_t(block.low - unit) : 0;
-      const uint32_t to = uint32_t(min(block.high - unit, uint64_t{part.units}));
+      const uint32_t from = block.low > unit ? block.low - unit : 0, to = min(block.high - unit, part.units);
       const int first = max(int(from) - call.item_units, 0);
       ListedItem &listed = shared.items[at];
       listed.slot = int32_t(blockIdx.x + threadIdx.x * copies + copy);
@@ -197,28 +197,37 @@ __device__ inline const uint8_t *whole_tile(const AttentionCall &call, const Seq
   return pool.base + first / count * pool.block_stride;
 }
 
-// Looks up steps first .. first + kBatch - 1 of a team's list, a lane a tile.
-__device__ inline void find_steps(const AttentionCall &call, AttentionShared &shared, StepTable &table, Team team,
+// A team's step of the list.
+struct ListedStep {
+  int item, in_item;  // item: num_items if it is past the last
+};
+__device__ inline ListedStep find_step(const AttentionShared &shared, Team team, int n) {
+  ListedStep step{0, n};
+  for (; step.item < shared.num_items; ++step.item) {
+    const int steps = steps_of(shared.items[step.item].item, team);
+    if (step.in_item < steps) break;
+    step.in_item -= steps;
+  }
+  return step;
+}
+
+// Looks up steps first .. first + kBatch - 1 of a team's list, a lane a tile; true where the id of the lane's is bad.
+__device__ inline bool find_steps(const AttentionCall &call, AttentionShared &shared, StepTable &table, Team team,
                                   int first) {
   const AttentionPool &pool = call.pool;
   const int lane = thread_index_now() % 32, n = first + lane / kStepTiles, t = lane % kStepTiles;
   const uint8_t *&address = table.address[n % kTable][t];
-  int in_item = n, i = 0;
-  for (; i < shared.num_items; ++i) {
-    const int steps = steps_of(shared.items[i].item, team);
-    if (in_item < steps) break;
-    in_item -= steps;
-  }
-  if (i == shared.num_items) {
+  const ListedStep step = find_step(shared, team, n);
+  if (step.item == shared.num_items) {
     address = no_step();
-    return;
+    return false;
   }
-  ListedItem &listed = shared.items[i];
+  const ListedItem &listed = shared.items[step.item];
   const Sequence &sequence = listed.sequence;
-  const int tile = tile_of(listed.item, team, in_item) + t;
+  const int tile = tile_of(listed.item, team, step.in_item) + t;
   if (tile >= listed.item.end_tile) {
     address = no_tile();
-    return;
+    return false;
   }
   const uint8_t *at = nullptr;
   bool bad = false;
@@ -234,14 +243,21 @@ __device__ inline void find_steps(const AttentionCall &call, AttentionShared &sh
   if (at != nullptr) at += int64_t{listed.item.head_pack} * call.pack_heads * pool.head_stride;
   const int j = tile * kTileTokens;
   const unsigned exact = none_exact(call, sequence, j, j + kTileTokens) ? 0 : exact_tokens(call, sequence, tile);
-  if (bad) {
-#pragma unroll 1
-    for (int k = 0; k < kTileTokens; ++k) {
-      if (is_needed(call, listed, j + k)) note_fault(call, listed);
-    }
-  }
   address = at;
   table.exact[n % kTable][t] = uint16_t(exact);
+  return bad;
+}
+
+// After find_steps(), by the lanes whose ids are bad.
+__device__ inline void note_bad_ids(const AttentionCall &call, const AttentionShared &shared, Team team, int first) {
+  const int lane = thread_index_now() % 32;
+  const ListedStep step = find_step(shared, team, first + lane / kStepTiles);
+  const ListedItem &listed = shared.items[step.item];
+  const int tile = tile_of(listed.item, team, step.in_item) + lane % kStepTiles;
+#pragma unroll 1
+  for (int k = 0; k < kTileTokens; ++k) {
+    if (is_needed(call, listed, tile * kTileTokens + k)) note_fault(call, listed);
+  }
 }
 
 __device__ inline void copy_codes(const uint8_t *from, uint8_t *to, int head_dim, int bits, bool is_v, int from_row,
@@ -272,12 +288,11 @@ __device__ __noinline__ inline void gather_tile(const AttentionCall &call, Atten
                                                 int tile, uint8_t *to) {
   const AttentionPool &pool = call.pool;
   const int lane = lane_index();
-  int in_item = n, i = 0;
-  for (; in_item >= steps_of(shared.items[i].item, team); ++i) in_item -= steps_of(shared.items[i].item, team);
-  ListedItem &listed = shared.items[i];
+  const ListedStep step = find_step(shared, team, n);
+  const ListedItem &listed = shared.items[step.item];
   int64_t slot = -1;  // of the lane's token
   if (lane < kTileTokens) {
-    const int j = (tile_of(listed.item, team, in_item) + tile) * kTileTokens + lane;
+    const int j = (tile_of(listed.item, team, step.in_item) + tile) * kTileTokens + lane;
     if (is_needed(call, listed, j)) {
       const int32_t id = listed.sequence.table[j / pool.block_size];
       if (id >= 0 && id < pool.num_blocks) {
@@ -1136,6 +1151,10 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
         if (row < num_rows) to[row * Shape::kHeadDimV + channel] = sums[r][i];
       }
     });
+    if (call.counts_parts != 0) {
+      __syncwarp();
+      if (lane == 0) add_released(&call.part_counts[(listed.slot - int32_t(blockIdx.x)) * call.pack_heads + head]);
+    }
   }
 }
 
@@ -1172,7 +1191,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     }
     __syncthreads();
     if (threadIdx.x == 0) shared.listed_before += kMaxItems;
-    // For queries, which are loaded before many pages make that slow.
+    const bool finds = head == 0 && shared.num_items > 0;
+    const bool bad = finds && find_steps(call, shared, table, team, 0);
+    // For queries, which are loaded before many pages make that slow; and "prepare" clears faults.
     grid_dependency_wait();
     grid_dependency_launch();
     int first = 0;  // item that has tiles
@@ -1181,8 +1202,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       ++first;
     if (first < shared.num_items) rows.load(shared.items[first], head);
     if (lane == 0) shared.current[warp] = first;
-    if (head == 0 && shared.num_items > 0) {
-      find_steps(call, shared, table, team, 0);
+    if (finds) {
+      if (bad) note_bad_ids(call, shared, team, 0);
       __syncwarp();
 #pragma unroll 1
       for (int n = 0, to = stage; n < ring.stages && table.address[n][0] != no_step(); ++n) {  // all stages are free
@@ -1206,7 +1227,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 #pragma unroll 1
       for (int left = steps_of(listed.item, team); left > 0; --left) {
         if (n % kBatch == 1 && head == 0) {
-          find_steps(call, shared, table, team, n - 1 + kBatch);
+          const int next = n - 1 + kBatch;
+          if (find_steps(call, shared, table, team, next)) note_bad_ids(call, shared, team, next);
           __syncwarp();
         }
         barrier_wait(&full[stage], parity);

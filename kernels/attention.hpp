@@ -27,6 +27,10 @@
 // FAULTS. "Prepare" looks at the ids of exact blocks, and writes 0 or 1 to sequence_faults[s]; "attention" stores 1 where
 // sequence s needs a bad id of its pages. "Finish" counts faults, and gives zeros to sequences that have one.
 //
+// COUNTS. In DIRECT calls of one token block a sequence "finish" does not wait for the end of "attention", but for the parts
+// of its own segment: each adds 1 to part_counts, which "prepare" has cleared, and before that has noted its faults, which
+// are those of the sequence, because all its segments need the same ids.
+//
 // PARTIALS. What block b has of segment i goes to slot b + i, which no other pair has: pack_heads * rows states (m, l)
 // as float2, and at partial_outputs() as many outputs of head_dim_v floats, in the natural order of channels (rotated
 // domain). With x the scores times log2(e): l = sum of 2^(x - m), output = sum of 2^(x - m) scale_v level, so that
@@ -107,6 +111,7 @@ struct AttentionCall {
   int64_t max_segments;                           // max_segments + blocks is at most INT32_MAX / 2
   int32_t item_units;                             // what an item more costs a block
   int32_t direct, token_blocks;                   // token_blocks: of every sequence of a DIRECT call
+  int32_t counts_parts;                           // COUNTS
 
   // Workspace.
   int32_t *sequence_states;     // [num_seqs]: SequenceState
@@ -116,6 +121,7 @@ struct AttentionCall {
   AttentionItem *segments;      // [max_segments]
   AttentionItem *items;         // [blocks + max_segments]: what block b has of segment i in slot b + i
   BlockItems *block_items;      // [blocks]
+  uint32_t *part_counts;        // [max_segments, pack_heads]
   uint8_t *query_operands;      // [num_tokens, q_heads, operand_bytes / 4, 2]: words of high and of low bytes; in the
                                 // wide kernels [num_tokens, q_heads, query_parts, head_dim_k] of query_type
   uint8_t *new_operands;        // [num_tokens, q_heads, head_dim_k] of q's type, where they read k_new

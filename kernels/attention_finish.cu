@@ -140,7 +140,7 @@ struct Partials {
     *has_tiles = all_have_tiles;
     if (all_have_tiles) return first_slot + j;
     if (places == nullptr) {
-      const UnitRange range = block_units(call, uint64_t(call.segment_units[0]), first_block + j);
+      const UnitRange range = block_units(call, uint32_t(call.segment_units[0]), first_block + j);
       *has_tiles = range.low < range.high;
       return first_slot + j;
     }
@@ -814,7 +814,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   touch_parameter<kFinishWarps>(call, touched);
   // What comes before the wait is written by "prepare", whose end "attention" has waited for.
   BlockRows rows;
-  if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return grid_dependency_wait();
+  if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   const int32_t s = rows.segment.sequence;
   bool of_new = call.splits > call.page_splits;  // k_new first, if "attention" read it
@@ -843,7 +843,16 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
       }
     }
   }
-  grid_dependency_wait();
+  if (call.counts_parts != 0 && partials.all_have_tiles) {
+    // All blocks of "attention" are running or done, so these come; other sequences' are not waited for.
+    if (threadIdx.x == 0) {
+      const uint32_t *parts_done = &call.part_counts[rows.first_segment * call.pack_heads + rows.head_in_pack];
+      while (load_acquired(parts_done) < uint32_t(partials.count)) continue;
+    }
+    __syncthreads();
+  } else {
+    grid_dependency_wait();
+  }
   const bool good = is_good();  // looked at last: it takes a while to load
   const uint8_t *outputs =
       call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
@@ -926,6 +935,7 @@ __global__ void __launch_bounds__(kRawThreads, kRawRows == kMaxRows ? 1 : 2)
                             const __grid_constant__ Output output, const __grid_constant__ FinishWork work) {
   grid_dependency_launch();
   finish_rows<kRawRows>(call, v, output, work);
+  grid_dependency_wait();  // so that what waits for this kernel waits for "attention", too
   count_sequence_faults(call);
 }
 

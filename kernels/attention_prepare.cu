@@ -219,16 +219,19 @@ __device__ void write_direct(const AttentionCall &call, Schedule &shared) {
     if (call.exact.base == nullptr) call.sequence_faults[s] = 0;
   }
   const int copies = call.head_parts * call.head_packs;
-  uint64_t begin = part.begin;
+  uint32_t begin = part.begin;
 #pragma unroll 1
   for (int copy = 0; copy < copies; ++copy, begin += part.units) {
     const int segment = thread * copies + copy;
     AttentionItem item{s, thread % blocks, copy / call.head_packs, copy % call.head_packs, 0, 0, 0, 0};
     if (part.units > 0) {  // blocks that have units after those of the beginning
-      item.first_slot = segment + block_of_unit(call, part.all, begin + uint64_t(call.item_units));
+      item.first_slot = segment + block_of_unit(call, part.all, begin + uint32_t(call.item_units));
       item.end_slot = segment + block_of_unit(call, part.all, begin + part.units - 1) + 1;
     }
     call.segments[segment] = item;
+    if (call.counts_parts == 0) continue;
+#pragma unroll 1
+    for (int head = 0; head < call.pack_heads; ++head) call.part_counts[segment * call.pack_heads + head] = 0;
   }
 }
 

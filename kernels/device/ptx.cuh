@@ -379,6 +379,18 @@ __device__ __forceinline__ uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c
   return d;
 }
 
+// What a thread on another multiprocessor has loaded by load_acquired() comes after what this one has seen before its
+// add_released(), stores of its warp before __syncwarp() included.
+__device__ __forceinline__ void add_released(uint32_t *count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(count)) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquired(const uint32_t *count) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(__cvta_generic_to_global(count)) : "memory");
+  return value;
+}
+
 // bar.sync: waits until `threads` threads, whole warps of them, have come to barrier `id` (1 .. 15; __syncthreads is 0).
 // Orders memory among them.
 __device__ __forceinline__ void group_barrier(int id, int threads) {

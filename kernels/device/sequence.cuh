@@ -138,19 +138,19 @@ __device__ inline int32_t units_of(const AttentionCall &call, TileRange tiles) {
   return tiles.first < tiles.end ? tiles.end - tiles.first + call.item_units : 0;
 }
 
-// Units [low, high) of the call's `all`.
+// Units [low, high) of a DIRECT call's `all`, which times `blocks` are below 2^32.
 struct UnitRange {
-  uint64_t low, high;
+  uint32_t low, high;
 };
 
-__device__ inline UnitRange block_units(const AttentionCall &call, uint64_t all, int block) {
-  const uint64_t blocks = uint64_t(call.blocks);
-  return {uint64_t(block) * all / blocks, (uint64_t(block) + 1) * all / blocks};
+__device__ inline UnitRange block_units(const AttentionCall &call, uint32_t all, int block) {
+  const uint32_t blocks = uint32_t(call.blocks);
+  return {uint32_t(block) * all / blocks, (uint32_t(block) + 1) * all / blocks};
 }
 
 // The block that has a unit.
-__device__ inline int block_of_unit(const AttentionCall &call, uint64_t all, uint64_t unit) {
-  return int(((unit + 1) * uint64_t(call.blocks) - 1) / all);
+__device__ inline int block_of_unit(const AttentionCall &call, uint32_t all, uint32_t unit) {
+  return int(((unit + 1) * uint32_t(call.blocks) - 1) / all);
 }
 
 // A thread's part of the work of a DIRECT call, a token block of a sequence: part t is block t % token_blocks of sequence
@@ -159,8 +159,8 @@ struct DirectPart {
   Sequence sequence;
   TileRange tiles;
   uint32_t units;          // of each of the part's segments; 0 if the thread has no part
-  uint64_t begin, before;  // units, and segments that have units, of the threads before
-  uint64_t all;            // units of all threads
+  uint32_t begin, before;  // units, and segments that have units, of the threads before
+  uint32_t all;            // units of all threads
 };
 
 // The end of the rows of sequences before s that have not kBadRows.
@@ -176,8 +176,8 @@ __device__ inline int64_t rows_end_before(const AttentionCall &call, int32_t s) 
 
 // By the block, whose warps have a number each in `sums`, in shared memory.
 __device__ __forceinline__ DirectPart direct_part(const AttentionCall &call, uint64_t *sums) {
-  constexpr int kUnitBits = 44;  // of a number; above: how many segments have units
-  constexpr uint64_t kUnits = (uint64_t{1} << kUnitBits) - 1, kJudge = ~uint64_t{0};
+  constexpr int kUnitBits = 32;  // of a number; above: how many segments have units
+  constexpr uint64_t kJudge = ~uint64_t{0};
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int32_t s = int32_t(uint32_t(thread) / uint32_t(call.token_blocks));
   const uint32_t copies = uint32_t(call.head_parts) * uint32_t(call.head_packs);
@@ -213,7 +213,7 @@ __device__ __forceinline__ DirectPart direct_part(const AttentionCall &call, uin
       all += sums[w];
       again = again || sums[w] == kJudge;
     }
-    part.begin = sum & kUnits, part.before = sum >> kUnitBits, part.all = all & kUnits;
+    part.begin = uint32_t(sum), part.before = uint32_t(sum >> kUnitBits), part.all = uint32_t(all);
     if (!again) return part;
     __syncthreads();
   }

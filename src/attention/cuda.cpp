@@ -76,7 +76,8 @@ struct Plan {
   cuda::AttentionCall call{};
   // Dense rotations: cuBLAS's workspace, queries before and after, outputs of three kinds.
   int64_t cublas = 0, queries = 0, rotated = 0, merged = 0, back = 0, raw = 0;
-  int64_t states = 0, faults = 0, first_segments = 0, units = 0, segments = 0, items = 0, block_items = 0;
+  int64_t states = 0, faults = 0, first_segments = 0, units = 0, segments = 0, items = 0, block_items = 0,
+          part_counts = 0;
   int64_t operands = 0, new_operands = 0, rows = 0, partials = 0;
   int64_t bytes = 0;
 };
@@ -210,10 +211,11 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   const int64_t copies = int64_t{call.head_parts} * call.head_packs;
   call.token_blocks = std::max(1, (call.max_q_len + call.block_tokens - 1) / call.block_tokens);
   int64_t token_blocks = int64_t{from.num_seqs} * call.token_blocks;  // of all sequences
-  const int64_t units = copies * token_blocks * (call.max_length / kTileTokens + 1 + call.item_units);
+  const int64_t segment_units = call.max_length / kTileTokens + 1 + call.item_units;  // at most
   call.direct = call.wide_rows == 0 && call.split_tiles == 0 && token_blocks <= 32 * call.pack_heads &&
                 (call.cu_seqlens_q != nullptr || call.num_tokens == call.num_seqs) && copies * token_blocks < 1 << 20 &&
-                units < int64_t{1} << 43;
+                copies * token_blocks * segment_units * call.blocks <= UINT32_MAX;
+  call.counts_parts = call.direct != 0 && call.token_blocks == 1;
   if (call.direct == 0) {
     token_blocks =
         from.cu_seqlens_q == nullptr ? from.num_seqs : from.num_tokens / call.block_tokens + int64_t{from.num_seqs};
@@ -244,6 +246,7 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   plan.segments = places.add(call.max_segments, sizeof(cuda::AttentionItem));
   plan.items = places.add(call.max_segments + call.blocks, sizeof(cuda::AttentionItem));
   plan.block_items = places.add(call.blocks, sizeof(cuda::BlockItems));
+  plan.part_counts = places.add(call.max_segments, 4 * int64_t{call.pack_heads});
   plan.operands =
       places.add(query_rows, call.wide_rows > 0 ? 4 * int64_t{call.head_dim_k}  // whether lse is given or not
                                                 : 2 * int64_t{call.operand_bytes});
@@ -275,6 +278,7 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.segments = reinterpret_cast<cuda::AttentionItem *>(base + plan.segments);
   call.items = reinterpret_cast<cuda::AttentionItem *>(base + plan.items);
   call.block_items = reinterpret_cast<cuda::BlockItems *>(base + plan.block_items);
+  call.part_counts = reinterpret_cast<uint32_t *>(base + plan.part_counts);
   call.query_operands = base + plan.operands;
   if (reads_new(call)) call.new_operands = base + plan.new_operands;
   call.query_rows = reinterpret_cast<cuda::QueryRow *>(base + plan.rows);

@@ -127,9 +127,9 @@ TEST_CASE("blocks list every tile of a step once, in order and evenly") {
       // Where "finish" looks.
       const int64_t own = begin[size_t(segment)], own_units = end[size_t(part)] - first[size_t(part)] + call.item_units;
       REQUIRE(first_slot[size_t(segment)] ==
-              segment + block_of_unit(call, uint64_t(units), uint64_t(own + call.item_units)));
+              segment + block_of_unit(call, uint32_t(units), uint32_t(own + call.item_units)));
       REQUIRE(last_slot[size_t(segment)] ==
-              segment + block_of_unit(call, uint64_t(units), uint64_t(own + own_units - 1)));
+              segment + block_of_unit(call, uint32_t(units), uint32_t(own + own_units - 1)));
     }
   }
 }

@@ -440,6 +440,13 @@ inline void barrier_arrive_copied(uint64_t *barrier) {
 
 inline void bulk_copy_fence() {}
 
+inline void add_released(uint32_t *count) {
+  atomicAdd(count, 1);
+}
+inline uint32_t load_acquired(const uint32_t *count) {
+  return *count;
+}
+
 // griddepcontrol: one kernel runs after the other.
 inline void grid_dependency_wait() {}
 inline void grid_dependency_launch() {}
