@@ -1087,7 +1087,7 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
   const int thread = thread_index_now(), lane = thread % 32, warp = thread / 32, head = warp % call.pack_heads;
   const Team team{warp / call.pack_heads, ring.teams};
   const int num_rows = call.block_tokens * call.block_heads;
-  // Of the head in the first team that has any; those of the next are pack_heads warps further.
+  // Of the head in the second team, and of the first if that is alone; those of the next are pack_heads warps further.
   float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at) + head * kWarpScratch;
   RowEnd *ends = reinterpret_cast<RowEnd *>(memory + ring.ends_at) + head * Shape::kRows;
   const int end_stride = call.pack_heads * Shape::kRows;  // of teams
@@ -1143,14 +1143,23 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
         }
       }
     }
-    float *to = reinterpret_cast<float *>(slot + ring.outputs_at) + int64_t{head} * num_rows * Shape::kHeadDimV;
+    // By way of the scratch, whose floats have been read, to stores of whole sectors. Of each four floats those 32 apart have
+    // banks of their own.
+    const auto place = [](int i) { return i ^ (i / 32 % 8 * 4); };
+    __syncwarp();
     rows.for_each_channel([&](int i, int channel) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int row = rows.row_of(r);
-        if (row < num_rows) to[row * Shape::kHeadDimV + channel] = sums[r][i];
-      }
+      for (int r = 0; r < kRows; ++r) scratch[place(rows.row_of(r) * Shape::kHeadDimV + channel)] = sums[r][i];
     });
+    __syncwarp();
+    constexpr int kFloats = Shape::kRows * Shape::kHeadDimV;
+    static_assert(kFloats <= kWarpScratch && kFloats % 32 == 0);
+    const int floats = num_rows * Shape::kHeadDimV;
+    float *to = reinterpret_cast<float *>(slot + ring.outputs_at) + head * floats;
+#pragma unroll
+    for (int i = 4 * lane; i < kFloats; i += 128) {
+      if (i < floats) *reinterpret_cast<float4 *>(to + i) = *reinterpret_cast<const float4 *>(scratch + place(i));
+    }
     if (call.counts_parts != 0) {
       __syncwarp();
       if (lane == 0) add_released(&call.part_counts[(listed.slot - int32_t(blockIdx.x)) * call.pack_heads + head]);
@@ -1193,23 +1202,27 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     if (threadIdx.x == 0) shared.listed_before += kMaxItems;
     const bool finds = head == 0 && shared.num_items > 0;
     const bool bad = finds && find_steps(call, shared, table, team, 0);
-    // For queries, which are loaded before many pages make that slow; and "prepare" clears faults.
-    grid_dependency_wait();
-    grid_dependency_launch();
     int first = 0;  // item that has tiles
 #pragma unroll 1
     while (first < shared.num_items && shared.items[first].item.first_tile >= shared.items[first].item.end_tile)
       ++first;
-    if (first < shared.num_items) rows.load(shared.items[first], head);
     if (lane == 0) shared.current[warp] = first;
-    if (finds) {
-      if (bad) note_bad_ids(call, shared, team, 0);
-      __syncwarp();
+    // The first step is copied before queries are there, which are loaded before many pages make that slow. What may find
+    // faults waits for "prepare", too, which clears them.
+    constexpr int kEarly = Shape::kAny ? 0 : 1;
 #pragma unroll 1
-      for (int n = 0, to = stage; n < ring.stages && table.address[n][0] != no_step(); ++n) {  // all stages are free
-        copy_step<Shape::kAny>(call, ring, shared, table, team, n, stages + to * ring.stage_bytes, &full[to]);
-        if (++to == ring.stages) to = 0;
+    for (int step = 0, to = stage; step < ring.stages; ++step) {  // all stages are free
+      if (step == kEarly) {
+        grid_dependency_wait();
+        grid_dependency_launch();
+        if (first < shared.num_items) rows.load(shared.items[first], head);
+        if (bad) note_bad_ids(call, shared, team, 0);
       }
+      __syncwarp();
+      if (finds && table.address[step][0] != no_step()) {
+        copy_step<Shape::kAny>(call, ring, shared, table, team, step, stages + to * ring.stage_bytes, &full[to]);
+      }
+      if (++to == ring.stages) to = 0;
     }
     int n = 0, turn = 0;  // the next step, and whose turn it is to copy
 #pragma unroll 1
@@ -1293,7 +1306,7 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
   for (const int least_stages : {3, 2}) {  // with two, copies wait for each other
     for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
       const int warps = teams * call.pack_heads;
-      const int scratch = (warps - call.pack_heads) * Shape::kScratch * int(sizeof(float));
+      const int scratch = std::max(warps - call.pack_heads, call.pack_heads) * Shape::kScratch * int(sizeof(float));
       const int states = warps * Shape::kRows * int(sizeof(RowState)),
                 ends = warps * Shape::kRows * int(sizeof(RowEnd));
       const int tables = teams * int(sizeof(StepTable));
