@@ -1160,11 +1160,19 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
     for (int i = 4 * lane; i < kFloats; i += 128) {
       if (i < floats) *reinterpret_cast<float4 *>(to + i) = *reinterpret_cast<const float4 *>(scratch + place(i));
     }
-    if (call.counts_parts != 0) {
-      __syncwarp();
-      if (lane == 0) add_released(&call.part_counts[(listed.slot - int32_t(blockIdx.x)) * call.pack_heads + head]);
-    }
   }
+}
+
+// Says that the warp's parts of all listed items are written, if it writes any. After the last of them, because it waits
+// for what has been stored; "finish" has no room to run before.
+__device__ inline void count_parts(const AttentionCall &call, const AttentionShared &shared) {
+  const int thread = thread_index_now(), lane = thread % 32, head = thread / 32;
+  static_assert(kMaxItems <= 32);
+  __syncwarp();
+  if (head >= call.pack_heads || lane >= shared.num_items) return;  // other teams
+  const ListedItem &listed = shared.items[lane];
+  if (listed.item.first_tile >= listed.item.end_tile) return;
+  add_released(&call.part_counts[(listed.slot - int32_t(blockIdx.x)) * call.pack_heads + head]);
 }
 
 template <class Shape>
@@ -1269,6 +1277,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       }
       write_partial<Shape>(call, ring, memory, shared.items[shared.current[thread_index_now() / 32]], rows);
     }
+    if (call.counts_parts != 0) count_parts(call, shared);
     if (shared.more == 0) break;
     __syncthreads();
   }

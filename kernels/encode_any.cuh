@@ -28,12 +28,24 @@ constexpr int rotated_blocks(int) {
 // Items that a warp leaves for later because they are unusual; after more of them it takes all as if they were.
 inline constexpr int kPutOff = 32;
 
-// Where whole tiles of a side are. Dividing by a block's tiles takes a multiplication, as ItemPlace's.
+// Quotient and rest, by a multiplication: `reciprocal` is (2^32 - 1) / divisor, with which the quotient is too small by
+// one at most.
+__device__ __forceinline__ uint32_t divide(uint32_t n, uint32_t divisor, uint32_t reciprocal, uint32_t &rest) {
+  uint32_t quotient = __umulhi(n, reciprocal);
+  rest = n - quotient * divisor;
+  if (rest >= divisor) {
+    rest -= divisor;
+    ++quotient;
+  }
+  return quotient;
+}
+
+// Where whole tiles of a side are.
 struct alignas(16) WholeTiles {
   uint8_t *codes;
   int64_t block_stride, tile_stride, head_stride;
-  uint32_t per_block, tiles_a_block;
-  uint32_t count;  // of whole tiles, as many as 31 bits say
+  uint32_t per_block, tiles_a_block;  // per_block: the reciprocal
+  uint32_t count;                     // of whole tiles, as many as 31 bits say
 
   WholeTiles() = default;
   __device__ explicit WholeTiles(const Tiles &tiles)
@@ -47,11 +59,8 @@ struct alignas(16) WholeTiles {
 
   // The codes of the side.
   __device__ __forceinline__ uint8_t *at(uint32_t tile, uint32_t head) const {
-    uint32_t block = __umulhi(tile, per_block), in_block = tile - block * tiles_a_block;
-    if (in_block >= tiles_a_block) {
-      in_block -= tiles_a_block;
-      ++block;
-    }
+    uint32_t in_block;
+    const uint32_t block = divide(tile, tiles_a_block, per_block, in_block);
     return codes + (block * block_stride + in_block * tile_stride + head * head_stride);
   }
 };

@@ -81,8 +81,7 @@ __device__ inline void fill_matrix(const SideParams &side, const uint4 *signs, u
   }
 }
 
-// Where an item is. Dividing by the number of heads takes a multiplication: `per_head` is (2^32 - 1) / heads,
-// with which the quotient is too small by one at most.
+// Where an item is; per_head: divide()'s reciprocal of the number of heads.
 struct ItemPlace {
   uint32_t group, head;
 
@@ -131,7 +130,11 @@ struct PairOfRows {
  private:
   __device__ __forceinline__ void load(const uint16_t *from, int r) {
 #pragma unroll
-    for (int t = 0; t < kSteps; ++t) raw[r][t] = load_once(from + 32 * t);
+    for (int t = 0; t < kSteps; ++t) {
+      const auto *chunk = reinterpret_cast<const uint4 *>(from + 32 * t);
+      if constexpr (kHeadDim <= 128) raw[r][t] = load_once(chunk);
+      if constexpr (kHeadDim > 128) raw[r][t] = __ldg(chunk);  // registers are short: these may be late
+    }
   }
 };
 
@@ -533,12 +536,11 @@ __device__ __forceinline__ void write_pair(const typename Rotated<kHeadDim>::tem
 inline constexpr uint32_t kBeyond = 0x80000000;  // more items than there are
 inline constexpr uint32_t kNoTile = UINT32_MAX;
 
-// choose_scale() of usual rows.
-__device__ __forceinline__ float usual_scale(int rule, float norm, uint64_t dot, int uu, float gain) {
-  if (rule == TQ_SCALE_LEAST_MSE) return divide_usual(float(int64_t(dot)), float(uu)) * norm * gain;
-  if (rule == TQ_SCALE_NORM) return divide_usual(norm, root_usual(float(uu))) * gain;
-  return divide_usual(norm, float(int64_t(dot))) * gain;
-}
+// Of usual rows.
+struct UsualArithmetic {
+  __device__ static float divide(float a, float b) { return divide_usual(a, b); }
+  __device__ static float root(float x) { return root_usual(x); }
+};
 
 // kBits: 0 for any up to 4; kPaged: there are slots. All warps of a block go round as often as the first, so that they can
 // multiply together. What is seldom done leaves the inner loop, which so fits the instruction cache.
@@ -589,7 +591,8 @@ __device__ __forceinline__ void encode_pairs(const VectorCall &call, const Vecto
     int64_t slot = -1, exact_slot = -1;
     bool usual = false, written = false;
     const auto write_scale = [&](uint8_t *to) {
-      outcome = store_scale(usual_scale(kDot ? side.scale_rule : TQ_SCALE_NORM, norm, dot, uu, side.scale_gain),
+      outcome = store_scale(choose_scale<UsualArithmetic>(kDot ? side.scale_rule : TQ_SCALE_NORM, norm, int64_t(dot),
+                                                          uu, side.scale_gain),
                             side.scale_type, to);
     };
     const auto write_by_memory = [&](int lane) {

@@ -21,11 +21,8 @@ struct SharedMatrix {
   uint32_t address;
   uint64_t descriptor;
 
-  __device__ __forceinline__ explicit SharedMatrix(const uint4 *matrix) : SharedMatrix(shared_address(matrix)) {}
-
-  // At an address of shared memory.
-  __device__ __forceinline__ explicit SharedMatrix(uint32_t at)
-      : address(at), descriptor(wgmma_descriptor(at, kStride, 128)) {}
+  __device__ __forceinline__ explicit SharedMatrix(const uint4 *matrix)
+      : address(shared_address(matrix)), descriptor(wgmma_descriptor(address, kStride, 128)) {}
 
   // d = A B, the columns from kFirstColumn on; a[s]: A's operand of rows 16 s .. 16 s + 15 of B. Rows from kMinusFrom on
   // count negative. d is there after wait().

@@ -86,11 +86,18 @@ TQKV_HOST_DEVICE float decode_gain(float scale, float side_gain) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(scale * side_gain) & ~3u);
 }
 
+// Division and root as IEEE rounds them, of all numbers. A kernel has others, of those that are not far from 1.
+struct Arithmetic {
+  TQKV_HOST_DEVICE float divide(float a, float b) { return a / b; }
+  TQKV_HOST_DEVICE float root(float x) { return std::sqrt(x); }
+};
+
 // The stored scale before rounding to its type: norm = |x|, dot = <Y, u>, uu = |u|^2; `gain` belongs to the rule.
+template <class Of = Arithmetic>
 TQKV_HOST_DEVICE float choose_scale(int rule, float norm, int64_t dot, int uu, float gain) {
-  if (rule == 1) return float(dot) / float(uu) * norm * gain;  // TQ_SCALE_LEAST_MSE
-  if (rule == 2) return norm / std::sqrt(float(uu)) * gain;    // TQ_SCALE_NORM
-  return norm / float(dot) * gain;                             // TQ_SCALE_UNBIASED
+  if (rule == 1) return Of::divide(float(dot), float(uu)) * norm * gain;  // TQ_SCALE_LEAST_MSE
+  if (rule == 2) return Of::divide(norm, Of::root(float(uu))) * gain;     // TQ_SCALE_NORM
+  return Of::divide(norm, float(dot)) * gain;                             // TQ_SCALE_UNBIASED
 }
 
 }  // namespace tqkv
