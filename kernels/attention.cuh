@@ -969,7 +969,7 @@ class WarpRows {
     if (__any_sync(kAll, unset)) {
       most_score = row_max(most_score);
       const float expected = expected_rise(weight, most, left);
-      if (unset) above = expected + 1.1f;
+      if (unset && left > 1) above = expected + 1.1f;
       if (unset && most == kMinusInfinity) most = most_score;  // no value, but a weight
     }
     int rise = 0, fall = -int(flags_ / kFall);
