@@ -32,13 +32,23 @@ struct RowCodes {
     return kPlaneBits == 2 ? 2 * s + lane_part() / 2 : (4 * s + lane_part()) * kChunkWords;
   }
 
+  // Whether the second plane is read four words at a time, unless its records may lie anywhere.
+  static constexpr bool kFours = kOnes && kSteps % 4 == 0 && kRecord % 16 == 0;
+
   // Of a token's own bytes.
+  template <bool kAnywhere>
   __device__ void load_record(const uint8_t *plane0, const uint8_t *plane1) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
       for (int i = 0; i < kChunkWords; ++i) word[kChunkWords * s + i] = load_word(plane0, word_index(s) + i);
-      if constexpr (kOnes) ones[s] = load_word(plane1, s);
+      if constexpr (kFours && !kAnywhere) {
+        if (s % 4 != 0) continue;
+        const uint4 four = __ldg(reinterpret_cast<const uint4 *>(plane1) + s / 4);
+        ones[s] = four.x, ones[s + 1] = four.y, ones[s + 2] = four.z, ones[s + 3] = four.w;
+      } else if constexpr (kOnes) {
+        ones[s] = load_word(plane1, s);
+      }
     }
   }
   // Of V, where bytes of four tokens are interleaved.
@@ -296,6 +306,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     uint32_t coded = ~uint32_t{0}, bad = 0, exact = 0;
     const bool v_tiles = call.slots != nullptr && side.is_v;
 
+    next = find();
     Codes codes[2];  // all of them before the first is needed
     if (whole) {
       const uint8_t *plane0 = own.plane0 + v.tiles.codes_offset, *plane1 = plane0 + kTileTokens * Codes::kPlane0;
@@ -305,7 +316,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = 2 * lane_row() + r;
-          codes[r].load_record(plane0 + row * Codes::kPlane0, plane1 + row * Codes::kPlane1);
+          codes[r].template load_record<kAny>(plane0 + row * Codes::kPlane0, plane1 + row * Codes::kPlane1);
         }
       }
     } else {
@@ -329,11 +340,10 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
         if (v_tiles) {
           codes[r].load_v(plane0[r], plane1[r], in_tile[r]);
         } else {
-          codes[r].load_record(plane0[r], plane1[r]);
+          codes[r].template load_record<kAny>(plane0[r], plane1[r]);
         }
       }
     }
-    next = find();
     step.advance();
     next_slots.read(step);
     uint32_t a[kSteps][4];
@@ -461,7 +471,8 @@ int launch_decode_fast(const VectorCall &call, const DeviceLimits &limits, void 
   for (int i = 0; i < call.num_sides; ++i) {
     const VectorSide &v = call.side[i];
     any = any || v.side.rounds != 1 || v.side.bits == 8 || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr ||
-          v.side.scale_type != TQ_TYPE_F16;
+          v.side.scale_type != TQ_TYPE_F16 ||
+          (call.slots == nullptr && v.side.bits % 2 != 0 && kHeadDim % 128 == 0 && v.flat.alignment < 16);
   }
   const dim3 grid = item_grid(call, limits, decode_blocks(any));
   const auto kernel = any ? decode_kernel<kHeadDim, true> : decode_kernel<kHeadDim, false>;
