@@ -210,7 +210,7 @@ tq_status make_plan(const AttentionCall &from, Plan *result) {
   call.item_units = int32_t(std::max<int64_t>(1, cuda::kItemBytes / call.pool.tile_bytes));
   const int64_t copies = int64_t{call.head_parts} * call.head_packs;
   call.token_blocks = std::max(1, (call.max_q_len + call.block_tokens - 1) / call.block_tokens);
-  int64_t token_blocks = int64_t{from.num_seqs} * call.token_blocks;  // of all sequences
+  int64_t token_blocks = int64_t{from.num_seqs} * call.token_blocks;                  // of all sequences
   const int64_t segment_units = call.max_length / kTileTokens + 1 + call.item_units;  // at most
   call.direct = call.wide_rows == 0 && call.split_tiles == 0 && token_blocks <= 32 * call.pack_heads &&
                 (call.cu_seqlens_q != nullptr || call.num_tokens == call.num_seqs) && copies * token_blocks < 1 << 20 &&
