@@ -306,7 +306,7 @@ __device__ void decode_rows(const VectorCall &call, const VectorSide &v, uint2 t
     uint32_t coded = ~uint32_t{0}, bad = 0, exact = 0;
     const bool v_tiles = call.slots != nullptr && side.is_v;
 
-    next = find();
+    next = find();   // first: waiting for its slots would be waiting for what is loaded after them
     Codes codes[2];  // all of them before the first is needed
     if (whole) {
       const uint8_t *plane0 = own.plane0 + v.tiles.codes_offset, *plane1 = plane0 + kTileTokens * Codes::kPlane0;
@@ -465,6 +465,12 @@ int load_decode() {
   return cudaFuncGetAttributes(&attributes, decode_kernel<kHeadDim, true>);
 }
 
+// RowCodes::kFours of codes of so many bits.
+template <int kHeadDim>
+bool reads_fours(int bits) {
+  return (bits == 1 && RowCodes<kHeadDim, 1>::kFours) || (bits == 3 && RowCodes<kHeadDim, 3>::kFours);
+}
+
 template <int kHeadDim>
 int launch_decode_fast(const VectorCall &call, const DeviceLimits &limits, void *stream) {
   bool any = false;
@@ -472,7 +478,7 @@ int launch_decode_fast(const VectorCall &call, const DeviceLimits &limits, void 
     const VectorSide &v = call.side[i];
     any = any || v.side.rounds != 1 || v.side.bits == 8 || v.rows.type == TQ_TYPE_F32 || v.offset != nullptr ||
           v.side.scale_type != TQ_TYPE_F16 ||
-          (call.slots == nullptr && v.side.bits % 2 != 0 && kHeadDim % 128 == 0 && v.flat.alignment < 16);
+          (call.slots == nullptr && v.flat.alignment < 16 && reads_fours<kHeadDim>(v.side.bits));
   }
   const dim3 grid = item_grid(call, limits, decode_blocks(any));
   const auto kernel = any ? decode_kernel<kHeadDim, true> : decode_kernel<kHeadDim, false>;
