@@ -361,7 +361,7 @@ TEST_CASE("bf16 rows of dense rotations have the squared error of f32 rows", "[s
           };
           const double want = squared_error(TQ_TYPE_F32), got = squared_error(TQ_TYPE_BF16);
           INFO(target.name << ' ' << describe(config) << " side " << which << " want " << want << " got " << got);
-          CHECK(std::fabs(got / want - 1) <= 2e-3);  // 0.1% (gpu_dense_test), and chance at so few vectors
+          CHECK(std::fabs(got / want - 1) <= 3e-3);  // 0.1% (gpu_dense_test), and chance: sigma is 0.04%
         }
       }
     }

@@ -81,7 +81,7 @@ TEST_CASE("a serving engine gets what its tokens say over many steps", "[engine]
 }
 
 // The simulation proves nothing unless it notices an engine, or a library, that goes wrong.
-TEST_CASE("the engine simulator notices mistakes", "[engine]") {
+TEST_CASE("the engine simulator notices mistakes", "[engine][simulator][slow]") {
   for (int m = 1; m < int(Mistake::kCount); ++m) {
     bool noticed = false;
     Events events;
