@@ -670,14 +670,15 @@ class WarpRows {
       a_[s][0] = word.x, a_[s][1] = word.y, a_[s][2] = word.z, a_[s][3] = word.w;
     }
     gain_ = __int_as_float(query.x), shifted_ = __int_as_float(query.y);
-    bias_ = 256 * uint32_t(query.z) + uint32_t(query.w);
+    bias_ = float(int32_t(256 * uint32_t(query.z) + uint32_t(query.w)));
   }
 
   // `number`: of the first tile.
   __device__ void begin(const ListedItem &listed, int pack_head, int number) {
     const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states());
     plain_end_ = number >= plain.x ? plain.y : 0;
-    if (call_.soft_cap > 0) gain_ = fminf(gain_ * call_.cap_factor, 0x1p100f);
+    if (call_.soft_cap > 0) gain_ = fminf(gain_ * call_.cap_factor, 0x1p90f);  // times sums still finite
+    bias_ *= gain_;
 #pragma unroll
     for (int n = 0; n < V::kColumns; ++n) {
 #pragma unroll
@@ -804,12 +805,12 @@ class WarpRows {
     score(codes, parts[0]);
     score(codes + tile_bytes, parts[1]);
     const bool upper = g_ >= 4;
-    int32_t scores[kTiles][4];
+    float scores[kTiles][4];  // times gain
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scores[t][i] = int32_t((kBlocks == 1 && upper ? parts[1][i] : parts[t][i]) + bias_);
+        scores[t][i] = __fmaf_rn(float(int32_t(kBlocks == 1 && upper ? parts[1][i] : parts[t][i])), gain_, bias_);
       }
     }
     float k_scale[kTiles][4], v_scale[kTiles][4], y[kTiles][4];  // y: log2 of the weight p
@@ -827,14 +828,14 @@ class WarpRows {
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            y[t][i] = cap(__fmaf_rn(float(scores[t][i]), k_scale[t][i] * gain_, start), end);
+            y[t][i] = cap(__fmaf_rn(scores[t][i], k_scale[t][i], start), end);
           }
         }
       } else {
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) y[t][i] = __fmaf_rn(float(scores[t][i]), k_scale[t][i] * gain_, shifted_);
+          for (int i = 0; i < 4; ++i) y[t][i] = __fmaf_rn(scores[t][i], k_scale[t][i], shifted_);
         }
       }
     } else {
@@ -877,13 +878,13 @@ class WarpRows {
   }
 
   // y of keys j .. j + 3 with all that changes or hides scores: -infinity where hidden, and there no value.
-  __device__ void adjust(const int32_t (&scores)[4], const float (&k_scale)[4], int j, unsigned exact, float (&y)[4],
+  __device__ void adjust(const float (&scores)[4], const float (&k_scale)[4], int j, unsigned exact, float (&y)[4],
                          float (&v_scale)[4]) const {
     const RowState &state = row();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float score = __fmaf_rn(float(scores[i]), k_scale[i] * gain_,
-                              call_.soft_cap > 0 ? state.offset * call_.cap_factor : state.offset);
+      float score =
+          __fmaf_rn(scores[i], k_scale[i], call_.soft_cap > 0 ? state.offset * call_.cap_factor : state.offset);
       if (call_.soft_cap > 0) score = cap(score, call_.cap_log2);
       if (call_.alibi_slopes != nullptr) score = __fmaf_rn(state.slope, float(j + i - state.position), score);
       const bool seen = j + i >= state.low && j + i < state.high && (exact >> i & 1) == 0;
@@ -1061,9 +1062,8 @@ class WarpRows {
 
   // The item's.
   uint32_t a_[K::kSteps][4];
-  uint32_t bias_;  // of scores
-  float gain_;     // with a soft cap times cap_factor
-  int plain_end_;  // steps that end there or before need no adjusting
+  float gain_, bias_;  // with a soft cap times cap_factor; what is added to scores, times gain
+  int plain_end_;      // steps that end there or before need no adjusting
 
   // Of the lane's row and keys.
   float shifted_;     // the row's offset less its reference

@@ -844,11 +844,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     }
   }
   if (call.counts_parts != 0 && partials.all_have_tiles) {
-    // All blocks of "attention" are running or done, so these come; other sequences' are not waited for. Pages of partial
-    // results are looked up already.
-    for (int j = warp + kFinishWarps * lane; j < partials.count; j += kFinishWarps * 32) {
-      prefetch_l2(call.partials + (partials.first_slot + j) * call.slot_bytes);
-    }
+    // All blocks of "attention" are running or done, so these come; other sequences' are not waited for.
     if (threadIdx.x == 0) {
       const uint32_t *parts_done = &call.part_counts[rows.first_segment * call.pack_heads + rows.head_in_pack];
       while (load_acquired(parts_done) < uint32_t(partials.count)) continue;
