@@ -56,6 +56,10 @@ TEST_CASE("random calls with every feature equal the oracle") {
   check_random("attention random", 60, {.config = {.max_head_dim = 112}});
 }
 
+TEST_CASE("random calls of many rows at head_dim 128") {
+  check_random("attention rows", 25, {.config = {.max_head_dim = 128, .allow_matrices = false, .many_rows = true}});
+}
+
 TEST_CASE("random calls at large and unequal head sizes") {
   check_random("attention dims", 8,
                {.config = {.max_head_dim = 576, .allow_matrices = false}, .max_seqs = 2, .max_blocks_of_16 = 6});
@@ -70,7 +74,7 @@ TEST_CASE("long contexts", "[long]") {
                {.config = {.max_head_dim = 128, .allow_matrices = false}, .max_seqs = 2, .max_blocks_of_16 = 512});
 }
 
-TEST_CASE("every pair of widths, plain decoding") {
+TEST_CASE("every pair of widths, plain decoding", "[slow]") {
   FRESH(random, "attention widths");
   for (const Target &target : targets()) {
     for (int bits_k : {1, 2, 3, 4, 8, 16}) {

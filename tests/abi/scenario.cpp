@@ -75,7 +75,8 @@ std::unique_ptr<Scenario> random_scenario(uint64_t seed, const Target &target, c
   tq_attention_args &args = call.args;
   const int heads = reader.kv_heads, block = reader.block_size, exact_block = reader.exact_block_size;
 
-  args.q_heads = heads * random.pick({1, 1, 2, 3, 4, 5, 7, 8});
+  const bool many_rows = limits.config.many_rows;
+  args.q_heads = heads * (many_rows ? random.pick({4, 5, 8, 12, 16}) : random.pick({1, 1, 2, 3, 4, 5, 7, 8}));
   args.q_type = random.pick({TQ_TYPE_F32, TQ_TYPE_F16, TQ_TYPE_BF16});
   args.out_type = random.pick({TQ_TYPE_F32, TQ_TYPE_F32, TQ_TYPE_F16, TQ_TYPE_BF16});
   if (random.chance(0.6)) args.flags = TQ_ATTENTION_CAUSAL;
@@ -87,7 +88,7 @@ std::unique_ptr<Scenario> random_scenario(uint64_t seed, const Target &target, c
   if (ragged) {
     call.cu_seqlens.push_back(int32_t(random.integer(0, 1)));
     for (int i = 0; i < num_seqs; ++i) {
-      const int q_len = random.pick({0, 1, 1, 2, 3, 5});
+      const int q_len = many_rows ? random.pick({0, 2, 3, 4, 6}) : random.pick({0, 1, 1, 2, 3, 5});
       longest_q = std::max(longest_q, q_len);
       call.cu_seqlens.push_back(call.cu_seqlens.back() + q_len);
     }

@@ -142,9 +142,11 @@ tq_config random_config(Random &random, const Target &target, ConfigStorage *sto
     do special = kAttentionDims[random.integer(0, std::ssize(kAttentionDims) - 1)];
     while (special > max_head_dim);
   }
+  if (limits.many_rows) both_special = true, special = 128;
   const auto side = [&](tq_side_config *s, std::vector<float> *matrix, std::vector<float> *levels) {
     s->head_dim = both_special ? special : int32_t(16 * random.integer(1, max_head_dim / 16));
-    s->bits = for_kernel ? random.pick({2, 3, 4, 8}) : random.pick({1, 2, 3, 4, 8, 16});
+    s->bits = limits.many_rows ? random.pick({2, 3, 4})
+              : for_kernel       ? random.pick({2, 3, 4, 8}) : random.pick({1, 2, 3, 4, 8, 16});
     if (s->bits == 16) return;
     std::vector<int32_t> rotations = {TQ_ROTATION_NONE};
     if (limits.allow_matrices) rotations.insert(rotations.end(), {TQ_ROTATION_DENSE, TQ_ROTATION_CUSTOM});
@@ -160,6 +162,7 @@ tq_config random_config(Random &random, const Target &target, ConfigStorage *sto
     s->codebook = s->bits == 8 ? random.pick({TQ_CODEBOOK_DEFAULT, TQ_CODEBOOK_UNIFORM})
                                : random.pick({TQ_CODEBOOK_DEFAULT, TQ_CODEBOOK_GAUSSIAN, TQ_CODEBOOK_BETA,
                                               TQ_CODEBOOK_UNIFORM, TQ_CODEBOOK_CUSTOM});
+    if (limits.many_rows && s->bits == 2 && random.chance(0.7)) s->codebook = TQ_CODEBOOK_UNIFORM;
     if (s->codebook == TQ_CODEBOOK_CUSTOM) {
       s->num_levels = 1 << s->bits;
       std::vector<float> positive;
@@ -171,13 +174,14 @@ tq_config random_config(Random &random, const Target &target, ConfigStorage *sto
       s->levels = levels->data();
     }
     s->scale_rule = random.pick({TQ_SCALE_DEFAULT, TQ_SCALE_LEAST_MSE, TQ_SCALE_NORM, TQ_SCALE_UNBIASED});
-    s->scale_type = random.pick({0, int(TQ_TYPE_F16), int(TQ_TYPE_F32)});
+    s->scale_type = limits.many_rows ? 0 : random.pick({0, int(TQ_TYPE_F16), int(TQ_TYPE_F32)});
   };
   side(&config.k, &storage->k_matrix, &storage->k_levels);
   side(&config.v, &storage->v_matrix, &storage->v_levels);
   config.kv_heads = int32_t(random.integer(0, 4));
   config.seed = random.bits();
-  config.block_size_tokens = random.pick({0, 1, 8, 16, 32, 48, 64, 256});
+  config.block_size_tokens =
+      limits.many_rows ? random.pick({16, 32, 48, 64}) : random.pick({0, 1, 8, 16, 32, 48, 64, 256});
   config.exact_block_size_tokens = random.pick({0, 1, 8, 16, 32, 64});
   config.raw_type = random.pick({0, int(TQ_TYPE_F16), int(TQ_TYPE_BF16)});
   if (config.device == TQ_DEVICE_CPU) config.threads = int32_t(random.integer(1, 3));
