@@ -43,7 +43,9 @@ constexpr FastKernels fast_kernels() {
           {takes_decode<kHeadDim>, launch_decode_fast<kHeadDim>}};
 }
 
-constexpr FastKernels kFast[] = {fast_kernels<64>(), fast_kernels<96>(), fast_kernels<128>(), fast_kernels<256>()};
+constexpr FastKernels kFast[] = {
+#include "codec_head_dims.inc"
+};
 
 // The kernel for both sides of a call, or nullptr: then the generic one takes it.
 const FastKernel *find_fast(const VectorCall &call, const DeviceLimits &limits, FastKernel FastKernels::*kind) {

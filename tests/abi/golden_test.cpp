@@ -98,7 +98,7 @@ std::string codec_name(const tq_config &config, const char *side, const tq_side_
 
 }  // namespace
 
-TEST_CASE("golden rotations") {
+TEST_CASE("golden rotations", "[slow]") {
   Golden golden("rotations.txt");
   for (int base : {12, 20, 28, 36}) {
     const oracle::Matrix h = oracle::base_hadamard(base);
