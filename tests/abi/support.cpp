@@ -146,7 +146,8 @@ tq_config random_config(Random &random, const Target &target, ConfigStorage *sto
   const auto side = [&](tq_side_config *s, std::vector<float> *matrix, std::vector<float> *levels) {
     s->head_dim = both_special ? special : int32_t(16 * random.integer(1, max_head_dim / 16));
     s->bits = limits.many_rows ? random.pick({2, 3, 4})
-              : for_kernel       ? random.pick({2, 3, 4, 8}) : random.pick({1, 2, 3, 4, 8, 16});
+              : for_kernel     ? random.pick({2, 3, 4, 8})
+                               : random.pick({1, 2, 3, 4, 8, 16});
     if (s->bits == 16) return;
     std::vector<int32_t> rotations = {TQ_ROTATION_NONE};
     if (limits.allow_matrices) rotations.insert(rotations.end(), {TQ_ROTATION_DENSE, TQ_ROTATION_CUSTOM});

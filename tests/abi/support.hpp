@@ -64,7 +64,7 @@ struct ConfigLimits {
   int max_head_dim = 160;
   bool allow_matrices = true;  // dense and custom rotations
   bool attends = false;        // what attention takes on the target
-  bool many_rows = false;      // what kernels of head_dim 128 and fixed bits take, and scenarios of 8 to 96 rows a kv head
+  bool many_rows = false;  // what kernels of head_dim 128 and fixed bits take, and scenarios of 8 to 96 rows a kv head
 };
 // Whether attention on the target's device takes a codec.
 bool attends(const Target &target, const tq_config &config);
