@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -181,12 +182,13 @@ class Bench {
     sink.machine(gpu_.machine());
   }
 
-  void measure(const AttentionCase &one) {
+  // Nothing if the library refuses, which the sink is told.
+  std::optional<AttentionRow> measure(const AttentionCase &one) {
     if (pool_ == nullptr || !pool_->serves(one)) {
       pool_.reset();  // its memory first
       pool_ = std::make_unique<Pool>(one);
     }
-    if (!pool_->refusal.empty()) return sink_.refused(one, pool_->refusal);
+    if (!pool_->refusal.empty()) return refused(one, pool_->refusal);
     const tq_codec *codec = pool_->codec.get();
     const Sets sets(one, pool_->order, pool_->exact_layout.block_size_tokens);
     const int num_seqs = int(one.lengths.size()), num_tokens = num_seqs * one.q_len;
@@ -244,7 +246,7 @@ class Bench {
     args.faults = as<tq_faults>(faults);
     size_t workspace_bytes = 0;
     const tq_status status = tq_attention_workspace(codec, &args, &workspace_bytes);
-    if (status == TQ_ERROR_NOT_SUPPORTED) return sink_.refused(one, tq_last_error());
+    if (status == TQ_ERROR_NOT_SUPPORTED) return refused(one, tq_last_error());
     expect(status);
 
     pool_->fill(dense_);
@@ -289,10 +291,15 @@ class Bench {
         rotation.calls, quick_ ? 5 : 31);
     expect_no_faults(one, faults);
     row.ceiling = ceiling(row.bytes);
-    sink_.row(row);
+    return row;
   }
 
  private:
+  std::nullopt_t refused(const AttentionCase &one, const std::string &why) const {
+    sink_.refused(one, why);
+    return std::nullopt;
+  }
+
   // The best read of so many bytes out of the pool, going round it as the calls do.
   Ceiling ceiling(int64_t bytes) {
     const auto known = pool_->ceilings.find(bytes);
@@ -354,7 +361,16 @@ class Bench {
 
 void measure_attention(const std::vector<AttentionCase> &cases, bool quick, const AttentionSink &sink) {
   Bench bench(quick, sink);
-  for (const AttentionCase &one : cases) bench.measure(one);
+  for (const AttentionCase &one : cases) {
+    const auto plain =
+        std::find_if(cases.begin(), cases.end(), [&](const AttentionCase &c) { return c.name() == one.relative_to; });
+    // Clocks depend on what ran before.
+    const auto before = plain != cases.end() ? bench.measure(*plain) : std::nullopt;
+    std::optional<AttentionRow> row = bench.measure(one);
+    const auto after = plain != cases.end() ? bench.measure(*plain) : std::nullopt;
+    if (before && after && row) row->plain_seconds = (before->time.median + after->time.median) / 2;
+    if (row) sink.row(*row);
+  }
 }
 
 }  // namespace tqkv_bench

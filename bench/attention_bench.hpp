@@ -35,7 +35,8 @@ struct AttentionRow {
   AttentionCase what;
   int64_t bytes = 0;  // of pages, that a call must read
   Timing time;
-  Ceiling ceiling;  // of reading as many
+  Ceiling ceiling;           // of reading as many
+  double plain_seconds = 0;  // of the case that it is compared with, the mean of just before and just after
 
   double flops = 0;  // of both products over the keys that queries see
 

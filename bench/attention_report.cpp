@@ -147,7 +147,7 @@ struct Figure {
   bool met() const { return least ? value >= limit : value <= limit; }
 };
 
-std::vector<Figure> figures_of(const std::vector<AttentionRow> &rows, const AttentionRow &row) {
+std::vector<Figure> figures_of(const AttentionRow &row) {
   const AttentionCase &what = row.what;
   const auto make = [](const char *key, double value, double limit, bool least, double unit, const char *format) {
     Figure figure{key, value, "", limit, least, ""};
@@ -162,9 +162,7 @@ std::vector<Figure> figures_of(const std::vector<AttentionRow> &rows, const Atte
   };
   std::vector<Figure> figures = {make("", row.share(), what.least_share, true, 100, "%.1f%%")};
   if (!what.relative_to.empty()) {
-    const AttentionRow *base = find(rows, what.relative_to);
-    const double relative = base == nullptr ? NAN : row.time.median / base->time.median;
-    figures.push_back(make("relative", relative, what.most_relative, false, 1, "%.2f"));
+    figures.push_back(make("relative", row.time.median / row.plain_seconds, what.most_relative, false, 1, "%.2f"));
   }
   if (what.chunk) figures.push_back(make("TFLOP/s", row.flops / row.time.median, 0, true, 1e-12, "%.1f"));
   if (what.peer_seconds > 0) {
@@ -184,7 +182,7 @@ std::vector<std::string> missed_figures(const std::vector<AttentionRow> &rows,
       }
       continue;
     }
-    for (const Figure &figure : figures_of(rows, *row)) {
+    for (const Figure &figure : figures_of(*row)) {
       if (figure.limit == 0 || figure.met()) continue;
       const std::string name = figure.key.empty() ? "share" : figure.key;
       missed.push_back(one.name() + ": " + name + " " + figure.shown + ", must be " + figure.limit_shown);
@@ -196,7 +194,8 @@ std::vector<std::string> missed_figures(const std::vector<AttentionRow> &rows,
 void print_header() {
   std::printf(
       "\nMB: of pages, to be read. Ceiling: the best read of as many. Relative: time over the plain call's at "
-      "16 x 32768, K4V4. Speed: times FlashInfer bf16, measured on an H200 (bench/NOTES.md)\n\n"
+      "16 x 32768, K4V4, measured again before and after. Speed: times FlashInfer bf16, measured on an H200 "
+      "(bench/NOTES.md)\n\n"
       "%-42s %9s %10s %10s %10s %7s %10s  %s\n",
       "sequences x length, heads, codes", "MB", "median us", "min", "p90", "GB/s", "ceiling us", "share, figures");
 }
@@ -232,9 +231,12 @@ nlohmann::ordered_json to_json(const Machine &machine, const std::vector<Attenti
                   {"block_tokens", what.block_tokens},
                   {"q_len", what.q_len}};
     append_times(row.bytes, row.time, row.ceiling, &entry);
-    for (const Figure &figure : figures_of(rows, row)) {
+    for (const Figure &figure : figures_of(row)) {
       const std::string prefix = figure.key.empty() ? "" : figure.key + "_";
-      if (figure.key == "relative") entry["relative_to"] = what.relative_to;
+      if (figure.key == "relative") {
+        entry["relative_to"] = what.relative_to;
+        entry["relative_to_microseconds"] = rounded(row.plain_seconds * 1e6, 1000);
+      }
       if (figure.key == "speed") entry["peer_microseconds"] = rounded(what.peer_seconds * 1e6, 1000);
       if (!figure.key.empty()) {
         const double value = figure.key == "TFLOP/s" ? figure.value * 1e-12 : figure.value;
@@ -280,7 +282,7 @@ int run(const std::vector<AttentionCase> &cases, bool quick, const std::string &
                      .row =
                          [&](const AttentionRow &row) {
                            rows.push_back(row);
-                           print_row(row, figures_of(rows, row));
+                           print_row(row, figures_of(row));
                          },
                      .refused =
                          [](const AttentionCase &one, const std::string &why) {
