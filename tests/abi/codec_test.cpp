@@ -340,7 +340,7 @@ TEST_CASE("bf16 rows of dense rotations have the squared error of f32 rows", "[s
   for (const Target &target : targets()) {
     if (target.device->kind() == TQ_DEVICE_CPU && target.simd != targets().front().simd) continue;
     for (const int head_dim : {64, 96, 128, 256}) {
-      const int64_t count = 100'000 / head_dim;
+      const int64_t count = 20'000'000 / (head_dim * head_dim);  // so that chance has a sigma of 0.02% at 4 bits
       const std::vector<uint8_t> input = encode_elements(normals(random, count * head_dim), TQ_TYPE_BF16);
       const std::vector<double> x = decode_elements(input.data(), TQ_TYPE_BF16, count * head_dim);
       const std::vector<float> matrix = random_orthogonal(random, head_dim);
@@ -361,7 +361,7 @@ TEST_CASE("bf16 rows of dense rotations have the squared error of f32 rows", "[s
           };
           const double want = squared_error(TQ_TYPE_F32), got = squared_error(TQ_TYPE_BF16);
           INFO(target.name << ' ' << describe(config) << " side " << which << " want " << want << " got " << got);
-          CHECK(std::fabs(got / want - 1) <= 3e-3);  // 0.1% (gpu_dense_test), and chance: sigma is 0.04%
+          CHECK(std::fabs(got / want - 1) <= 2e-3);  // 0.1% (gpu_dense_test), and chance at so few vectors
         }
       }
     }
