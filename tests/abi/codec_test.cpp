@@ -62,7 +62,7 @@ void check_vectors(const Target &target, const tq_config &config, Random &random
       const oracle::Vector levels = levels_of(side, record);
       const double formula = scale_formula(resolved.scale_rule, y, levels);
       CHECK(std::fabs(record.scale - formula) <=
-            scale_tolerance(resolved.scale_rule, side.scale_type, formula) + (in_bf16 ? kBf16Slack : 0) * formula);
+            scale_tolerance(resolved.scale_rule, side, type, formula) + (in_bf16 ? kBf16Slack : 0) * formula);
     }
     // The codebook is that of unit variance: one normalisation serves all vectors of up to 4 bits.
     if (!side.raw() && side.bits <= 4) CHECK(shared_low <= shared_high * (1 + 1e-5));

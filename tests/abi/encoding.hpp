@@ -32,6 +32,8 @@ inline constexpr double kCoordinateSlack = 6 * 0.289 / 2047;
 bool rotates_in_bf16(const Target &target, const tq_side_config &side, int32_t type);
 inline constexpr double kBf16Slack = 0x1p-8;
 
-// Half a unit in the last place of a scale of this type, what f32 arithmetic may add, and what the coordinates'
-// roundings do to the rules that have <y, levels> in them.
-double scale_tolerance(int32_t rule, int32_t type, double scale);
+// Half a unit in the last place of a scale of this type, what f32 arithmetic may add, and what the coordinates' roundings
+// do to the rules that have <y, levels> in them. bf16 inputs are multiples of steps which the factor to integers may bring
+// close to 1: then roundings are not random, all make the vector longer or all shorter, at worst by half an integer a
+// coordinate.
+double scale_tolerance(int32_t rule, const oracle::Side &side, int32_t input_type, double scale);
