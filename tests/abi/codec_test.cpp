@@ -393,9 +393,8 @@ TEST_CASE("bf16 rows of dense rotations that are zero, not finite, huge or tiny 
         }
         const std::vector<uint8_t> input = encode_elements(values, TQ_TYPE_BF16);
         values = decode_elements(input.data(), TQ_TYPE_BF16, int64_t(values.size()));
+        const oracle::Codec reader(config, info_of(codec.get()));
         for (const int32_t which : {TQ_SIDE_K, TQ_SIDE_V}) {
-          const tq_codec_info info = info_of(codec.get());
-          const oracle::Codec reader(config, info);
           const oracle::Side &side = reader.side(false, which);
           const Encoded want = encode(target, codec.get(), which, encode_elements(values, TQ_TYPE_F32), TQ_TYPE_F32);
           const Encoded got = encode(target, codec.get(), which, input, TQ_TYPE_BF16);

@@ -218,15 +218,20 @@ Matrix hadamard_rotation(int head_dim, int32_t side, int rounds, uint64_t seed) 
     }
   }
   Matrix rotation(head_dim);
-  for (int column = 0; column < head_dim; ++column) {
-    Vector x(size_t(head_dim), 0.0);
-    x[size_t(column)] = 1;
-    for (int round = 0; round < rounds; ++round) {
-      const std::vector<int> signs = rotation_signs(head_dim, side, round, seed);
-      for (int c = 0; c < head_dim; ++c) x[size_t(c)] *= signs[size_t(c)];
-      x = multiply(h, x);
+  for (int round = 0; round < rounds; ++round) {
+    const std::vector<int> signs = rotation_signs(head_dim, side, round, seed);
+    Matrix product(head_dim);  // h times signs times the rounds before
+    for (int i = 0; i < head_dim; ++i) {
+      for (int k = 0; k < head_dim; ++k) {
+        const double factor = h(i, k) * signs[size_t(k)];
+        if (round == 0) {
+          product(i, k) = factor;
+          continue;
+        }
+        for (int j = 0; j < head_dim; ++j) product(i, j) += factor * rotation(k, j);
+      }
     }
-    for (int row = 0; row < head_dim; ++row) rotation(row, column) = x[size_t(row)];
+    rotation = product;
   }
   return rotation;
 }
