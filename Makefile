@@ -17,7 +17,7 @@ demo: configure ## compress the bundled keys and values of a real model, at ever
 	cmake --build build --target tqkv_cli -j $(JOBS)
 	build/tqkv demo
 
-test: build ## build all and run the tests, about 10 minutes on two cores
+test: build ## build all and run the tests, about 5 minutes on two cores
 	ctest --preset default -j $(JOBS)
 
 build: configure ## the library, the tqkv command, the tests and tqkv-bench, in build/
