@@ -296,8 +296,9 @@ TEST_CASE("huge and tiny vectors come back right") {
           }
           CHECK(clamped == 0);
         }
+        // Norms past its range; at 1 bit a decoded channel was once 7.2 times what it should be.
         std::vector<double> top(huge.size());
-        for (double &value : top) value = random.chance(0.5) ? 5e37 : -5e37;
+        for (double &value : top) value = random.chance(0.5) ? 3.2e37 : -3.2e37;
         for (double error : relative_error(config, TQ_TYPE_F32, top, &clamped)) CHECK(error < typical);
         CHECK(clamped == 0);
 
