@@ -94,7 +94,7 @@ void set_rotation(const tq_side_config &config, uint64_t seed, Side &side) {
       side.thresholds[k] = least;
     }
     // A stored scale then is about the root mean square of the vector's coordinates, so that fp16 scales cover what fp16
-    // vectors can hold. Only the unbiased rule may exceed it, by some percent where a vector's error is unusually large.
+    // vectors can hold. Only the unbiased rule may exceed it, by a little where a vector's error is unusually large.
     side.level_unit = float(std::ldexp(1.0, -std::ilogb(side.book.steps_per_sigma * (1 - side.book.mse))));
   }
   const double root = std::sqrt(double(side.head_dim)), y_norm = units_per_sigma * root;

@@ -266,10 +266,10 @@ TEST_CASE("huge and tiny vectors come back right") {
         // A random vector's relative error at unit norm, with room for one vector that has a coordinate of five sigma.
         const double typical = bits == 8 ? 0.02 : 3 * std::sqrt(bits == 1 ? 0.57 : 0.132 * std::pow(0.27, bits - 2));
 
-        // The largest f16 in every channel, signs at random: norm 65504 * sqrt(head_dim). Of the unbiased rule a tenth less:
-        // its scale grows with a vector's error, at 2 bits to some percent more than the root mean square.
+        // The largest f16 in every channel, signs at random: norm 65504 * sqrt(head_dim). A tenth less where scales may be
+        // larger than the root mean square, by 0.6% in one of 40,000 such vectors; in others they were at most 0.95 of it.
         std::vector<double> huge(size_t(head_dim) * 8);
-        const double most = rule == TQ_SCALE_UNBIASED ? 0.9 * 65504 : 65504;
+        const double most = rule == TQ_SCALE_UNBIASED && bits == 2 ? 0.9 * 65504 : 65504;
         for (double &value : huge) value = random.chance(0.5) ? most : -most;
         for (double error : relative_error(config, TQ_TYPE_F16, huge, &clamped)) CHECK(error < typical);
         CHECK(clamped == 0);

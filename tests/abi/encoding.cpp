@@ -63,7 +63,7 @@ bool rotates_in_bf16(const Target &target, const tq_side_config &side, int32_t t
 }
 
 double scale_tolerance(int32_t rule, const oracle::Side &side, int32_t input_type, double scale) {
-  const double longer = input_type == TQ_TYPE_BF16 ? 0.5 * std::sqrt(double(side.head_dim)) / 2047 : 0;
+  const double longer = input_type == TQ_TYPE_BF16 ? 0.5 * std::sqrt(double(side.head_dim)) / kIntegers : 0;
   const double coordinates = rule == TQ_SCALE_NORM ? 0 : std::max(kCoordinateSlack, longer);
   const double arithmetic = (8 * 0x1p-24 + coordinates) * scale;
   if (side.scale_type == TQ_TYPE_F32) return arithmetic + 0x1p-149;

@@ -25,7 +25,8 @@ double scale_formula(int32_t rule, const oracle::Vector &y, const oracle::Vector
 
 // Coordinates are coded from integers of which the rotated vector's root mean square is 2047. The sum of their
 // roundings is random: six standard deviations of it, relative to a vector of this length.
-inline constexpr double kCoordinateSlack = 6 * 0.289 / 2047;
+inline constexpr double kIntegers = 2047;
+inline constexpr double kCoordinateSlack = 6 * 0.289 / kIntegers;
 
 // Whether rows of a side are rotated in bf16 (where they are contiguous and without offset). Matrix and coordinates are
 // rounded then: each moves a coordinate by at most 2^-9 of the vector's length.

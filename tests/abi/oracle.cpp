@@ -217,18 +217,21 @@ Matrix hadamard_rotation(int head_dim, int32_t side, int rounds, uint64_t seed) 
       h(i, j) = (parity ? -1 : 1) * base(i / power, j / power) / std::sqrt(double(head_dim));
     }
   }
-  Matrix rotation(head_dim);
-  for (int round = 0; round < rounds; ++round) {
+  const auto one_round = [&](int round) {
     const std::vector<int> signs = rotation_signs(head_dim, side, round, seed);
-    Matrix product(head_dim);  // h times signs times the rounds before
+    Matrix m = h;
+    for (int i = 0; i < head_dim; ++i) {
+      for (int j = 0; j < head_dim; ++j) m(i, j) *= signs[size_t(j)];
+    }
+    return m;
+  };
+  Matrix rotation = one_round(0);
+  for (int round = 1; round < rounds; ++round) {
+    const Matrix next = one_round(round);
+    Matrix product(head_dim);
     for (int i = 0; i < head_dim; ++i) {
       for (int k = 0; k < head_dim; ++k) {
-        const double factor = h(i, k) * signs[size_t(k)];
-        if (round == 0) {
-          product(i, k) = factor;
-          continue;
-        }
-        for (int j = 0; j < head_dim; ++j) product(i, j) += factor * rotation(k, j);
+        for (int j = 0; j < head_dim; ++j) product(i, j) += next(i, k) * rotation(k, j);
       }
     }
     rotation = product;

@@ -641,11 +641,9 @@ void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *word)
   add_bytes("bulk_copy", b, b.issued, bytes);
   check_issued("bulk_copy", b);
   std::memset(shared, 0xff, bytes);
-  {
-    const Unwatched unwatched;
-    b.copies.push_back({shared, global, bytes});
-  }
   happens_before(b.order[b.phase % 2]);
+  const Unwatched unwatched;
+  b.copies.push_back({shared, global, bytes});
 }
 
 void async_copy(void *shared, const void *global, bool zeros, uint32_t bytes) {
