@@ -55,8 +55,9 @@ double scale_formula(int32_t rule, const oracle::Vector &y, const oracle::Vector
   return xx / xc;
 }
 
-bool rotates_in_bf16(const Target &target, const tq_side_config &side, int32_t type) {
-  const int n = side.head_dim;
+bool rotates_in_bf16(const Target &target, const tq_config &config, int32_t which, int32_t type) {
+  const tq_side_config &side = which == TQ_SIDE_K ? config.k : config.v;
+  const int n = side.head_dim == 0 ? config.k.head_dim : side.head_dim;
   return target.device->kind() == TQ_DEVICE_CUDA && type == TQ_TYPE_BF16 && side.bits <= 4 &&
          (side.rotation == TQ_ROTATION_DENSE || side.rotation == TQ_ROTATION_CUSTOM) &&
          (n == 64 || n == 96 || n == 128 || n == 256);

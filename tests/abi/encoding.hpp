@@ -30,7 +30,7 @@ inline constexpr double kCoordinateSlack = 6 * 0.289 / kIntegers;
 
 // Whether rows of a side are rotated in bf16 (where they are contiguous and without offset). Matrix and coordinates are
 // rounded then: each moves a coordinate by at most 2^-9 of the vector's length.
-bool rotates_in_bf16(const Target &target, const tq_side_config &side, int32_t type);
+bool rotates_in_bf16(const Target &target, const tq_config &config, int32_t which, int32_t type);
 inline constexpr double kBf16Slack = 0x1p-8;
 
 // Half a unit in the last place of a scale of this type, what f32 arithmetic may add, and what the coordinates' roundings
