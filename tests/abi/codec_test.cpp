@@ -8,19 +8,6 @@
 
 namespace {
 
-// Codes must be the nearest levels to y, the rotated vector, and the scale what its rule makes of them. Returns the
-// factors of which that is true.
-Interval check_record(const oracle::Side &side, int32_t rule, const Record &record, const oracle::Vector &y,
-                      int32_t type, bool in_bf16) {
-  const double coarse = in_bf16 ? kBf16Slack : 0;
-  const Interval interval = factors(side, record, y, (kCoordinateSlack + coarse) * oracle::norm(y));
-  CHECK(interval.low <= interval.high);
-  double formula = scale_formula(rule, y, levels_of(side, record));
-  if (side.scale_type == TQ_TYPE_F16) formula = std::min(formula, 65504.0);
-  CHECK(std::fabs(record.scale - formula) <= scale_tolerance(rule, side, type, formula) + coarse * formula);
-  return interval;
-}
-
 void check_vectors(const Target &target, const tq_config &config, Random &random, int64_t count) {
   const CodecPtr codec = make_codec(config);
   const tq_codec_info info = info_of(codec.get());
@@ -43,7 +30,7 @@ void check_vectors(const Target &target, const tq_config &config, Random &random
     const std::vector<double> decoded = decode(target, codec.get(), which, encoded, count);
 
     INFO("side " << which << " type " << type);
-    const bool in_bf16 = rotates_in_bf16(target, config, which, type);
+    const bool in_bf16 = rotates_in_bf16(target, resolved, type);
     double shared_low = 0, shared_high = std::numeric_limits<double>::infinity();
     for (int64_t i = 0; i < count; ++i) {
       INFO("vector " << i);
@@ -407,6 +394,8 @@ TEST_CASE("bf16 rows of dense rotations that are zero, not finite, huge or tiny"
         const oracle::Codec reader(config, info);
         for (const int32_t which : {TQ_SIDE_K, TQ_SIDE_V}) {
           const oracle::Side &side = reader.side(false, which);
+          const tq_side_info &resolved = which == TQ_SIDE_K ? info.k : info.v;
+          const bool in_bf16 = rotates_in_bf16(target, resolved, TQ_TYPE_BF16);
           const Encoded want = encode(target, codec.get(), which, encode_elements(values, TQ_TYPE_F32), TQ_TYPE_F32);
           const Encoded got = encode(target, codec.get(), which, input, TQ_TYPE_BF16);
           CHECK(got.faults.first == want.faults.first);
@@ -423,8 +412,6 @@ TEST_CASE("bf16 rows of dense rotations that are zero, not finite, huge or tiny"
               CHECK(b.scale == a.scale);
               continue;
             }
-            const tq_side_info &resolved = which == TQ_SIDE_K ? info.k : info.v;
-            const bool in_bf16 = rotates_in_bf16(target, config, which, TQ_TYPE_BF16);
             const oracle::Vector y = oracle::multiply(side.rotation, x);
             check_record(side, resolved.scale_rule, a, y, TQ_TYPE_F32, false);
             check_record(side, resolved.scale_rule, b, y, TQ_TYPE_BF16, in_bf16);
@@ -451,7 +438,7 @@ TEST_CASE("strides of any kind, codes and scales interleaved, and every input ty
       const std::vector<double> values = normals(random, count * side.head_dim);
       const Encoded dense = encode(target, codec.get(), which, encode_elements(values, type), type);
       Encoded precise = dense;  // what becomes of rows that would be rotated in bf16 and that cuBLAS cannot read
-      if (rotates_in_bf16(target, config, which, type)) {
+      if (rotates_in_bf16(target, side, type)) {
         const std::vector<uint8_t> rounded = encode_elements(values, type);
         const std::vector<double> same = decode_elements(rounded.data(), type, int64_t(values.size()));
         precise = encode(target, codec.get(), which, encode_elements(same, TQ_TYPE_F32), TQ_TYPE_F32);
