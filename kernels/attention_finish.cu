@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // After attention: a block takes the segments of all splits of some rows, at most 8, of one kv head. Of its partial results, in
-// the order of splits or of CUDA blocks, warp w sums up every 8th from the w-th on, for all rows, without waiting for the
-// others; what the warps have is summed up in order and rotated back, a warp a row. Keys that are read raw are added before,
+// the order of splits or of CUDA blocks, warp w of 8 (or 4) sums up every 8th from the w-th on, for all rows, without waiting for
+// the others; what the warps have is summed up in order and rotated back, a warp a row. Keys that are read raw are added before,
 // for all rows of the block together. With a fixed split a row's bits do not depend on how many rows a block has.
 #include <algorithm>
 
@@ -19,6 +19,7 @@ constexpr int kMostRawTokens = 160;      // of a chunk, a multiple of 32
 constexpr int kMostRawBytes = 96 << 10;  // that they take, if not less than eight
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kFinishWarps = kRawThreads / 32;
+constexpr int kFewWarps = 4;  // of blocks of which there are many, so that all run at once
 static_assert(kMaxRows <= kFinishWarps);
 
 __device__ float minus_infinity() {
@@ -153,9 +154,10 @@ struct Partials {
 // Takes what states the warp has in the chunk from `base` on into those that it has already, unless it begins. `lanes`, a
 // power of two, take a row, each of them one of the warp's partial results.
 __device__ __forceinline__ void take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials,
-                                            int base, int num_rows, int lanes, bool begins, WarpPart &own) {
+                                            int base, int num_rows, int lanes, int log2_warps, bool begins,
+                                            WarpPart &own) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int row = int(uint32_t(lane) / uint32_t(lanes)), i = lane % lanes, j = base + warp + kFinishWarps * i;
+  const int row = int(uint32_t(lane) / uint32_t(lanes)), i = lane % lanes, j = base + warp + (i << log2_warps);
   bool has_tiles = false;
   const int32_t slot = j < partials.count ? partials.slot(call, j, &has_tiles) : 0;
   State all{minus_infinity(), 0}, state = all;
@@ -196,6 +198,7 @@ struct FinishWork {
   uint32_t chunk, raw, sums, added, bytes;  // parts of shared memory, in bytes from its start
   int32_t chunk_tokens;                     // of keys that are read raw
   int32_t rows;                             // that a block takes
+  int32_t log2_warps;                       // of a block
   int32_t lanes;                            // of a warp, for the states of each
   int32_t columns;                          // of 4 channels, of all these rows
   uint32_t row_of_column;                   // (column * row_of_column) >> 20
@@ -208,13 +211,16 @@ class Outputs {
  public:
   // `outputs`: of the rows, in slot 0; `count`: of all warps' partial results.
   __device__ Outputs(const AttentionCall &call, const FinishWork &work, const uint8_t *outputs, int count)
-      : call_(call), work_(work), outputs_(outputs), count_((count - warp() + kFinishWarps - 1) / kFinishWarps) {}
+      : call_(call),
+        work_(work),
+        outputs_(outputs),
+        count_((count - warp() + (1 << work.log2_warps) - 1) >> work.log2_warps) {}
 
   // Loads the first ones, whose slots follow `slot`: factors are not known yet.
   template <int kWide>
   __device__ __forceinline__ void load_first(int32_t slot) {
     load<kWide>(
-        lane(), 0, [&](int i) { return slot + warp() + kFinishWarps * i; }, [](int, int) { return true; });
+        lane(), 0, [&](int i) { return slot + warp() + (i << work_.log2_warps); }, [](int, int) { return true; });
   }
 
   // Adds all to the warp's sums.
@@ -811,7 +817,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
                                             const FinishWork &work) {
   __shared__ WarpPart parts[kFinishWarps];
   __shared__ uint32_t touched[kFinishWarps];
-  touch_parameter<kFinishWarps>(call, touched);
+  touch_parameter<kRawRows == 0 ? kFewWarps : kFinishWarps>(call, touched);
   // What comes before the wait is written by "prepare", whose end "attention" has waited for.
   BlockRows rows;
   if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return;
@@ -862,8 +868,8 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   int count = 0;  // of warps that have parts
 #pragma unroll 1
   for (;;) {
-    count = min(partials.count, kFinishWarps);
-    const int most = kFinishWarps * work.lanes;  // that are taken together
+    count = min(partials.count, 1 << work.log2_warps);
+    const int most = work.lanes << work.log2_warps;  // that are taken together
 #pragma unroll 1
     for (int base = 0; base < partials.count; base += most) {
       __syncwarp();  // all lanes have used the chunk before
@@ -872,7 +878,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
       const bool early = partials.all_have_tiles, narrow = work.columns <= 32;  // narrow: one row, mostly
       if (early && narrow) chunk.template load_first<1>(partials.first_slot + base);
       if (early && !narrow) chunk.template load_first<4>(partials.first_slot + base);
-      take_states(call, rows, partials, base, work.rows, work.lanes, base == 0, parts[warp]);
+      take_states(call, rows, partials, base, work.rows, work.lanes, work.log2_warps, base == 0, parts[warp]);
       float4 *own_sums = reinterpret_cast<float4 *>(sums) + warp * work.columns;
       if (narrow) {
         chunk.template add<1>(parts[warp], early, base == 0, own_sums);
@@ -969,9 +975,9 @@ size_t align16(size_t bytes) {
   return (bytes + 15) / 16 * 16;
 }
 
-// `rows`: of a block; `raw_tokens`: that are read raw at most, 0 where nothing is.
+// `rows`, `warps`: of a block; `raw_tokens`: that are read raw at most, 0 where nothing is.
 FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_t raw_tokens, int raw_rows, int rows,
-                       bool with_new) {
+                       int warps, bool with_new) {
   size_t at = 0;
   const auto take = [&](size_t bytes) { return uint32_t(std::exchange(at, at + align16(bytes))); };
   FinishWork work{};
@@ -982,11 +988,12 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_
     work.raw = take(sizeof(float) * size_t(raw_rows * head_dim_v));
   }
   // First the queries of what is read raw, then sums.
-  work.sums = take(sizeof(float) *
-                   size_t(std::max(kFinishWarps * std::max(rows, raw_rows) * head_dim_v, raw_rows * head_dim_k)));
+  work.sums =
+      take(sizeof(float) * size_t(std::max(warps * std::max(rows, raw_rows) * head_dim_v, raw_rows * head_dim_k)));
   work.added = take(sizeof(float) * size_t(with_new ? rows * head_dim_v : 0));
   work.bytes = uint32_t(at);
   work.rows = rows;
+  for (work.log2_warps = 0; 1 << work.log2_warps < warps;) ++work.log2_warps;
   work.columns = rows * head_dim_v / 4;
   work.row_of_column = (1u << 20) / uint32_t(head_dim_v / 4) + 1;
   return work;
@@ -1007,13 +1014,17 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
     if (call.k_new.data != nullptr) raw_tokens += call.max_q_len;
     raw_tokens = std::max<int64_t>(raw_tokens, 1);
   }
+  // With a fixed split always the same, because the number of warps decides about the bits of sums, too.
+  const bool many = kRawRows == 0 && call.split_tiles == 0 && block_rows <= kFewWarps &&
+                    int64_t{grid.x} * grid.y * grid.z > 2 * call.blocks;
+  const int warps = many ? kFewWarps : kFinishWarps;
   FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, element_bytes(call), raw_tokens, kRawRows, block_rows,
-                                call.splits > call.page_splits);
+                                warps, call.splits > call.page_splits);
   // With a fixed split of the segment's rows, because what is taken together decides about the bits of sums.
   const int lane_rows = call.split_tiles == 0 ? block_rows : std::min(rows, kMaxRows);
   for (work.lanes = 32; work.lanes * lane_rows > 32;) work.lanes /= 2;
   work.per_lane = channels_per_lane(v);
-  return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(kRawThreads), work.bytes, stream, call, v,
+  return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(32 * warps), work.bytes, stream, call, v,
                           output, work);
 }
 
@@ -1021,7 +1032,8 @@ template <int kRawRows>
 int load_finish_kernel() {
   constexpr int kMostDim = 256;  // of attention's kernels
   const int most =
-      int(divide_work(kMostDim, kMostDim, 4, kRawRows > 0 ? kMostRawTokens : 0, kRawRows, kMaxRows, true).bytes);
+      int(divide_work(kMostDim, kMostDim, 4, kRawRows > 0 ? kMostRawTokens : 0, kRawRows, kMaxRows, kFinishWarps, true)
+              .bytes);
   return cudaFuncSetAttribute(attention_finish_kernel<kRawRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
