@@ -98,7 +98,6 @@ struct EncodeShared {
   uint4 matrix[kHeadDim / 8 * kPart];                // SharedMatrix of the rotation, by the kernel of rotated rows
   uint4 signs[kHeadDim / 8];                         // of pairs of channels
   uint4 operands[32 * rotation_operands<kHeadDim>];  // of the rotation
-  int put_off;                                       // whether a warp has put off items
   uint2 magnitudes;                                  // |u| of each index in the lower 3 bits of a code, as bytes
   Warp warps[rotated_warps(kHeadDim) > kEncodeWarps ? rotated_warps(kHeadDim) : kEncodeWarps];
   uint32_t table[4];  // and more: a byte a cell

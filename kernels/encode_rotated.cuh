@@ -783,10 +783,7 @@ __global__ void __launch_bounds__(32 * rotated_warps(kHeadDim), kHasWgmma ? rota
     const int64_t *slots = lane_index() < kRows ? call.slots : call.exact_slots;
     warp.slots_from[lane_index()] = slots != nullptr ? reinterpret_cast<uint64_t>(slots + lane_index() % kRows) : 0;
   }
-  if (threadIdx.x == 0) {
-    shared.magnitudes = magnitude_bytes(side);
-    shared.put_off = 0;
-  }
+  if (threadIdx.x == 0) shared.magnitudes = magnitude_bytes(side);
   __syncthreads();
   fill_matrix<kHeadDim>(side, shared.signs, shared.matrix);
   Rotated<kHeadDim>::Matrix::written();
@@ -806,9 +803,7 @@ __global__ void __launch_bounds__(32 * rotated_warps(kHeadDim), kHasWgmma ? rota
     encode_pairs<kHeadDim, 2, false, kPaged>(call, v);
   }
   // What was put off needs other tables.
-  if (lane_index() == 0 && EncodeShared<kHeadDim>::warp().num_put_off != 0) shared.put_off = 1;
-  __syncthreads();
-  if (shared.put_off == 0) return;
+  if (__syncthreads_or(EncodeShared<kHeadDim>::warp().num_put_off) == 0) return;
   fill_signs<kHeadDim>(side, reinterpret_cast<uint32_t *>(shared.signs));
   fill_operands<kHeadDim>(side, kOperandOne, shared.operands);
   fill_table(side, shared.table);

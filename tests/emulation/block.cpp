@@ -177,6 +177,7 @@ struct Block {
   Barrier mbarriers[kMaxBarriers];
   GroupBarrier group_barriers[16];
   char begin, end, order[2];
+  bool votes[2];  // of barriers by turns
 };
 Block block;
 
@@ -430,6 +431,7 @@ void create(Thread &thread) {
 void begin_block(const uint3 &index, size_t shared_bytes) {
   position.block = index;
   block.num_ready_to_pass = block.num_returned = 0;
+  block.votes[0] = block.votes[1] = false;
   block.num_mbarriers = 0;
   for (unsigned w = 0; w < block.num_warps; ++w) {
     Warp &warp = block.warps[w];
@@ -470,26 +472,30 @@ void *dynamic_shared() {
   return shared_bytes_of_block;
 }
 
-void block_barrier() {
+bool block_barrier(bool vote) {
   const unsigned bit = 1u << lane();
   Warp &warp = warp_of(block.running);
   check_not_expected(warp, bit, "comes to __syncthreads");
   if (block.num_returned != 0) stop("comes to __syncthreads, but %u threads have returned", block.num_returned);
   warp.ready &= ~bit;
   warp.at_barrier |= bit;
-  char &order = block.order[block.num_barriers % 2];
+  const unsigned turn = block.num_barriers % 2;  // nobody comes to the one after the next before all have left this one
+  char &order = block.order[turn];
   happens_before(order);
+  block.votes[turn] |= vote;
   if (++block.num_ready_to_pass < block.threads) {
     give_way();
   } else {
     block.num_ready_to_pass = 0;
     ++block.num_barriers;
+    block.votes[1 - turn] = false;
     for (unsigned w = 0; w < block.num_warps; ++w) {
       block.warps[w].ready = block.warps[w].exist;
       block.warps[w].at_barrier = 0;
     }
   }
   happens_after(order);
+  return block.votes[turn];
 }
 
 void group_barrier(int id, int threads) {

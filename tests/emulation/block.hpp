@@ -43,8 +43,8 @@ unsigned lane();
 // The shared memory that the launch asked for; each block finds garbage in it.
 void *dynamic_shared();
 
-// __syncthreads: of all threads of the block, none of which may have returned.
-void block_barrier();
+// __syncthreads: of all threads of the block, none of which may have returned. Gives whether one of them votes.
+bool block_barrier(bool vote);
 
 // bar.sync: of `threads` threads, which are whole warps.
 void group_barrier(int id, int threads);

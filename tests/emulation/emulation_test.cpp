@@ -81,6 +81,13 @@ __global__ void reverse(uint32_t *words) {
   words[blockIdx.x * 256 + i] = word;
 }
 
+// What the block says of each thread's vote, one vote after the other.
+__global__ void vote(int *said) {
+  for (unsigned voter = 0; voter <= blockDim.x; ++voter) {
+    said[voter * blockDim.x + threadIdx.x] = __syncthreads_or(threadIdx.x == voter ? 4 : 0) != 0;
+  }
+}
+
 // ---- collectives
 
 struct Shuffles {
@@ -202,6 +209,12 @@ TEST_CASE("threads of a block meet at __syncthreads and share memory") {
     REQUIRE(launch(reverse, 3, 256, 1024, nullptr, words.data()) == cudaSuccess);
     for (unsigned i = 0; i < words.size(); ++i) CHECK(words[i] == i / 256 * 256 + 255 - i % 256);
   }
+}
+
+TEST_CASE("a block votes at __syncthreads_or") {
+  std::vector<int> said(65 * 64, -1);
+  REQUIRE(launch(vote, 1, 64, 0, nullptr, said.data()) == cudaSuccess);
+  for (unsigned i = 0; i < said.size(); ++i) CHECK(said[i] == (i < 64 * 64 ? 1 : 0));
 }
 
 TEST_CASE("shuffles and votes of whole and partial warps") {

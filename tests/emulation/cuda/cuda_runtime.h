@@ -199,7 +199,11 @@ inline void __nanosleep(unsigned) {
 // ---- collectives
 
 inline void __syncthreads() {
-  ::emulation::block_barrier();
+  ::emulation::block_barrier(false);
+}
+
+inline int __syncthreads_or(int vote) {
+  return ::emulation::block_barrier(vote != 0);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffff) {
