@@ -1232,6 +1232,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       }
       if (++to == ring.stages) to = 0;
     }
+    // What lanes have gathered one of them arrives for, after a __syncwarp(), which racecheck does not follow.
+    if constexpr (Shape::kAny) __syncthreads();
     int n = 0, turn = 0;  // the next step, and whose turn it is to copy
 #pragma unroll 1
     for (int i = first; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
