@@ -13,7 +13,8 @@ export TQKV_TEST_DEVICE=cuda
 
 check() {
   local begin=$SECONDS said
-  if said=$(compute-sanitizer --tool "$TOOL" --require-cuda-init no --error-exitcode 99 "$PROGRAM" "${1//,/\\,}" 2>&1); then
+  if said=$(compute-sanitizer --tool "$TOOL" --require-cuda-init no --error-exitcode 99 "$PROGRAM" "${1//,/\\,}" 2>&1) &&
+    [[ $said != *'No tests ran'* ]]; then
     echo "clean after $((SECONDS - begin)) s: $1"
   else
     printf '%s\nFAILED under %s: %s\n' "$said" "$TOOL" "$1"
