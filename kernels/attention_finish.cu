@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // After attention: a block takes the segments of all splits of some rows, at most 8, of one kv head. Of its partial results, in
-// the order of splits or of CUDA blocks, warp w of 8 (or 4) sums up every 8th from the w-th on, for all rows, without waiting for
-// the others; what the warps have is summed up in order and rotated back, a warp a row. Keys that are read raw are added before,
-// for all rows of the block together. With a fixed split a row's bits do not depend on how many rows a block has.
+// the order of splits or of CUDA blocks, warp w of 8 sums up every 8th from the w-th on (of 4 every 4th), for all rows, without
+// waiting for the others; what the warps have is summed up in order and rotated back, a warp a row. Keys that are read raw are
+// added before, for all rows of the block together. With a fixed split a row's bits do not depend on how many rows a block has.
 #include <algorithm>
+#include <bit>
 
 #include "kernels/device/launch.cuh"
 #include "kernels/device/rotation.cuh"
@@ -151,13 +152,24 @@ struct Partials {
   }
 };
 
-// Takes what states the warp has in the chunk from `base` on into those that it has already, unless it begins. `lanes`, a
-// power of two, take a row, each of them one of the warp's partial results.
+// How a block divides its work.
+struct FinishWork {
+  uint32_t chunk, raw, sums, added, bytes;  // parts of shared memory, in bytes from its start
+  int32_t chunk_tokens;                     // of keys that are read raw
+  int32_t rows;                             // that a block takes
+  int32_t log2_warps;                       // of a block
+  int32_t lanes;                            // of a warp, for the states of each; a power of two
+  int32_t columns;                          // of 4 channels, of all these rows
+  uint32_t row_of_column;                   // (column * row_of_column) >> 20
+  int32_t per_lane;                         // channels_per_lane() of V
+};
+
+// Takes what states the warp has in the chunk from `base` on into those that it has already, unless it begins. A lane of a
+// row takes one of the warp's partial results.
 __device__ __forceinline__ void take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials,
-                                            int base, int num_rows, int lanes, int log2_warps, bool begins,
-                                            WarpPart &own) {
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  const int row = int(uint32_t(lane) / uint32_t(lanes)), i = lane % lanes, j = base + warp + (i << log2_warps);
+                                            const FinishWork &work, int base, bool begins, WarpPart &own) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, lanes = work.lanes, num_rows = work.rows;
+  const int row = int(uint32_t(lane) / uint32_t(lanes)), i = lane % lanes, j = base + warp + (i << work.log2_warps);
   bool has_tiles = false;
   const int32_t slot = j < partials.count ? partials.slot(call, j, &has_tiles) : 0;
   State all{minus_infinity(), 0}, state = all;
@@ -192,18 +204,6 @@ __device__ __forceinline__ State join_states(WarpPart *parts, int count, int r) 
   __syncwarp();
   return {max, sum};
 }
-
-// How a block divides its work.
-struct FinishWork {
-  uint32_t chunk, raw, sums, added, bytes;  // parts of shared memory, in bytes from its start
-  int32_t chunk_tokens;                     // of keys that are read raw
-  int32_t rows;                             // that a block takes
-  int32_t log2_warps;                       // of a block
-  int32_t lanes;                            // of a warp, for the states of each
-  int32_t columns;                          // of 4 channels, of all these rows
-  uint32_t row_of_column;                   // (column * row_of_column) >> 20
-  int32_t per_lane;                         // channels_per_lane() of V
-};
 
 // The warp's partial results of a chunk: kLoads / kWide of them at a time, of kWide columns a lane.
 template <int kLoads>
@@ -878,7 +878,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
       const bool early = partials.all_have_tiles, narrow = work.columns <= 32;  // narrow: one row, mostly
       if (early && narrow) chunk.template load_first<1>(partials.first_slot + base);
       if (early && !narrow) chunk.template load_first<4>(partials.first_slot + base);
-      take_states(call, rows, partials, base, work.rows, work.lanes, work.log2_warps, base == 0, parts[warp]);
+      take_states(call, rows, partials, work, base, base == 0, parts[warp]);
       float4 *own_sums = reinterpret_cast<float4 *>(sums) + warp * work.columns;
       if (narrow) {
         chunk.template add<1>(parts[warp], early, base == 0, own_sums);
@@ -993,7 +993,7 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_
   work.added = take(sizeof(float) * size_t(with_new ? rows * head_dim_v : 0));
   work.bytes = uint32_t(at);
   work.rows = rows;
-  for (work.log2_warps = 0; 1 << work.log2_warps < warps;) ++work.log2_warps;
+  work.log2_warps = std::countr_zero(unsigned(warps));
   work.columns = rows * head_dim_v / 4;
   work.row_of_column = (1u << 20) / uint32_t(head_dim_v / 4) + 1;
   return work;
