@@ -322,8 +322,10 @@ __device__ __noinline__ inline void gather_tile(const AttentionCall &call, Atten
   __syncwarp();
 }
 
-// Begins to copy step n to a stage that is free, by a warp. With kSmall blocks may be smaller than a tile.
-template <bool kSmall>
+// Begins to copy step n to a stage that is free, by a warp. With kSmall blocks may be smaller than a tile. Arrives for 32 lanes:
+// each does so itself where others read what it wrote, codes or its steps in the table. One for all would do, after a
+// __syncwarp(), but racecheck does not know it.
+template <bool kSmall, bool kEachLane = kSmall>
 __device__ __forceinline__ void copy_step(const AttentionCall &call, const AttentionRing &ring, AttentionShared &shared,
                                           const StepTable &table, Team team, int n, uint8_t *to, uint64_t *full) {
   const uint8_t *const *from = table.address[n % kTable];
@@ -335,15 +337,20 @@ __device__ __forceinline__ void copy_step(const AttentionCall &call, const Atten
       }
     }
   }
-  if (lane_index() != 0) return;
+  if (lane_index() != 0) {
+    if constexpr (kEachLane) barrier_arrive(full);
+    return;
+  }
+  constexpr uint32_t kArrivals = kEachLane ? 1 : 32;
   uint32_t tiles = 0;
 #pragma unroll
   for (int t = 0; t < kStepTiles; ++t) tiles += from[t] != nullptr && from[t] != no_tile() ? 1 : 0;
   if (tiles == 0) {
-    barrier_arrive(full);
+    barrier_arrive(full, kArrivals);
     return;
   }
-  barrier_arrive_expect(full, tiles * uint32_t(ring.tile_bytes));
+  barrier_expect(full, tiles * uint32_t(ring.tile_bytes));
+  barrier_arrive(full, kArrivals);
 #pragma unroll
   for (int t = 0; t < kStepTiles; ++t) {
     if (from[t] == nullptr || from[t] == no_tile()) continue;
@@ -1189,7 +1196,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   uint64_t *full = shared.full + team.index * ring.stages;
   touch_parameter<kMostWarps>(call, reinterpret_cast<uint32_t *>(shared.sums));
   for (int i = int(threadIdx.x); i < team.count * ring.stages; i += int(blockDim.x)) {
-    barrier_init(&shared.full[i], 1);
+    barrier_init(&shared.full[i], 32);
     barrier_init(&shared.empty[i], uint32_t(call.pack_heads));
   }
   if (threadIdx.x == 0) shared.listed_before = 0;
@@ -1228,12 +1235,10 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       }
       __syncwarp();
       if (finds && table.address[step][0] != no_step()) {
-        copy_step<Shape::kAny>(call, ring, shared, table, team, step, stages + to * ring.stage_bytes, &full[to]);
+        copy_step<Shape::kAny, true>(call, ring, shared, table, team, step, stages + to * ring.stage_bytes, &full[to]);
       }
       if (++to == ring.stages) to = 0;
     }
-    // What lanes have gathered one of them arrives for, after a __syncwarp(), which racecheck does not follow.
-    if constexpr (Shape::kAny) __syncthreads();
     int n = 0, turn = 0;  // the next step, and whose turn it is to copy
 #pragma unroll 1
     for (int i = first; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {

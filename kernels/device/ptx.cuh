@@ -423,6 +423,17 @@ __device__ __forceinline__ void barrier_arrive(uint64_t *barrier) {
   TQKV_HOPPER("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// The same for `count` threads.
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier, uint32_t count) {
+  TQKV_HOPPER("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Adds `bytes` to what is to be copied in this phase, in which somebody has still to arrive.
+__device__ __forceinline__ void barrier_expect(uint64_t *barrier, uint32_t bytes) {
+  TQKV_HOPPER("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+              : "memory");
+}
+
 // Arrives and adds `bytes` to what is to be copied in this phase; the copies may come before or after.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t *barrier, uint32_t bytes) {
   TQKV_HOPPER("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

@@ -609,14 +609,21 @@ void barrier_init_fence() {
   }
 }
 
-void barrier_arrive(uint64_t *word, uint32_t expected_bytes) {
+void barrier_expect(uint64_t *word, uint32_t bytes) {
+  Barrier &b = barrier_at("barrier_expect", word);
+  if (b.pending == 0) stop("barrier_expect: barrier %d, for which all %u threads have arrived", index_of(b), b.count);
+  add_bytes("barrier_expect", b, b.expected, bytes);
+}
+
+void barrier_arrive(uint64_t *word, uint32_t expected_bytes, uint32_t count) {
   Barrier &b = barrier_at("barrier_arrive", word);
   if (b.pending == 0) {
     stop("barrier_arrive: barrier %d, for which all %u threads have arrived", index_of(b), b.count);
   }
+  if (count > b.pending) stop("barrier_arrive: barrier %d, %u of %u threads", index_of(b), count, b.pending);
   add_bytes("barrier_arrive", b, b.expected, expected_bytes);
   happens_before(b.order[b.phase % 2]);
-  --b.pending;
+  b.pending -= count;
   check_issued("barrier_arrive", b);
   if (b.pending == 0 && b.expected == 0) complete(index_of(b));
 }

@@ -53,7 +53,8 @@ void group_barrier(int id, int threads);
 // can run. Until then there is garbage where it goes.
 void barrier_init(uint64_t *barrier, uint32_t count);
 void barrier_init_fence();
-void barrier_arrive(uint64_t *barrier, uint32_t expected_bytes);
+void barrier_expect(uint64_t *barrier, uint32_t bytes);
+void barrier_arrive(uint64_t *barrier, uint32_t expected_bytes, uint32_t count);
 void barrier_wait(uint64_t *barrier, uint32_t parity);
 void bulk_copy(void *shared, const void *global, uint32_t bytes, uint64_t *barrier);
 

@@ -299,7 +299,7 @@ __global__ void group_missing() {
   if (threadIdx.x < 32) group_barrier(3, 64);
 }
 
-enum Defect { kNone, kNoFence, kNoInit, kFewBytes, kManyBytes, kNoWaitForEmpty, kNoWaitForFull };
+enum Defect { kNone, kNoFence, kNoInit, kFewBytes, kManyBytes, kManyArrivals, kNoWaitForEmpty, kNoWaitForFull };
 
 // Warp 0 copies parts of 96 words through a ring; the other three take a word a thread.
 __global__ void pass_through_ring(const uint32_t *in, uint32_t *out, unsigned parts, Defect defect) {
@@ -309,7 +309,7 @@ __global__ void pass_through_ring(const uint32_t *in, uint32_t *out, unsigned pa
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (unsigned i = 0; i < kStages && defect != kNoInit; ++i) {
-      barrier_init(&full[i], 1);
+      barrier_init(&full[i], 2);
       barrier_init(&empty[i], 3);
     }
     if (defect != kNoFence) barrier_init_fence();
@@ -320,7 +320,8 @@ __global__ void pass_through_ring(const uint32_t *in, uint32_t *out, unsigned pa
     for (unsigned i = 0; i < parts && lane == 0; ++i) {
       const unsigned stage = i % kStages, parity = i / kStages % 2;
       if (defect != kNoWaitForEmpty) barrier_wait(&empty[stage], parity ^ 1);
-      barrier_arrive_expect(&full[stage], defect == kFewBytes ? 16 : defect == kManyBytes ? 400 : kWords * 4);
+      barrier_expect(&full[stage], defect == kFewBytes ? 16 : defect == kManyBytes ? 400 : kWords * 4);
+      barrier_arrive(&full[stage], defect == kManyArrivals ? 3 : 2);
       bulk_copy(ring + stage * kWords, in + i * kWords, 16, &full[stage]);
       bulk_copy(ring + stage * kWords + 4, in + i * kWords + 4, kWords * 4 - 16, &full[stage]);
     }
@@ -414,8 +415,9 @@ TEST_CASE("a ring of copies in bulk") {
   mentions(message(kNoFence, kParts), "without barrier_init_fence");
   mentions(message(kNoInit, kParts), "is no barrier");
   mentions(message(kFewBytes, kParts), "counts 384 bytes where 16 are expected");
-  mentions(message(kManyBytes, kParts), "1 of 1 arrivals, 384 of 400 bytes");
-  mentions(message(kNoWaitForEmpty, kParts), "for which all 1 threads have arrived");
+  mentions(message(kManyBytes, kParts), "2 of 2 arrivals, 384 of 400 bytes");
+  mentions(message(kManyArrivals, kParts), "3 of 2 threads");
+  mentions(message(kNoWaitForEmpty, kParts), "for which all 2 threads have arrived");
   mentions(message(kNoWaitForFull, 1), "nobody has waited for 384 bytes");
 }
 

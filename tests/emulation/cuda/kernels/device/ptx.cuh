@@ -417,11 +417,14 @@ inline void barrier_init(uint64_t *barrier, uint32_t count) {
 inline void barrier_init_fence() {
   ::emulation::barrier_init_fence();
 }
-inline void barrier_arrive(uint64_t *barrier) {
-  ::emulation::barrier_arrive(barrier, 0);
+inline void barrier_arrive(uint64_t *barrier, uint32_t count = 1) {
+  ::emulation::barrier_arrive(barrier, 0, count);
+}
+inline void barrier_expect(uint64_t *barrier, uint32_t bytes) {
+  ::emulation::barrier_expect(barrier, bytes);
 }
 inline void barrier_arrive_expect(uint64_t *barrier, uint32_t bytes) {
-  ::emulation::barrier_arrive(barrier, bytes);
+  ::emulation::barrier_arrive(barrier, bytes, 1);
 }
 inline void barrier_wait(uint64_t *barrier, uint32_t parity) {
   ::emulation::barrier_wait(barrier, parity);
