@@ -7,7 +7,7 @@
 """
 import argparse
 
-from plot_codec import Results, bars, load_pyplot, save
+from plot_codec import COLOURS, Results, bars, load_pyplot, save
 
 CODES = ("K4V4", "K4V3", "K3V3", "K4V2", "K2V2")
 
@@ -22,9 +22,28 @@ class AttentionResults(Results):
         self.features = list(dict.fromkeys(feature for _, _, feature in self.rows if feature))
 
 
+def roofline(axes, results, shapes):
+    """GB/s over the MB that are read, in the bars' colours, under the best read of as many."""
+    rows = [results.row(shape, codes, "") for shape in shapes for codes in CODES]
+    ceiling = sorted((row["bytes"] / 1e6, row["bytes"] / row["ceiling_microseconds"] / 1e3) for row in rows if row)
+    axes.plot(*zip(*ceiling), color="#b03010", linewidth=1.2, label="best read")
+    for codes, colour in zip(CODES, COLOURS):
+        points = [results.row(shape, codes, "") for shape in shapes]
+        axes.scatter([row["bytes"] / 1e6 for row in points if row], [row["gigabytes_per_second"] for row in points if row],
+                     color=colour, s=22, zorder=3)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0)
+    axes.grid(color="#d8d8d8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("MB of pages a call reads")
+    axes.set_ylabel("GB/s")
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+
+
 def plot(results, path):
     pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(figsize=(8.6, 3.3))
+    figure, (axes, below) = pyplot.subplots(2, 1, figsize=(8.6, 6.4))
     shapes = [shape for shape in results.shapes if " over " not in shape]  # those are bound by products
     groups = [[(shape, codes, "") for codes in CODES] for shape in shapes]
     bars(axes, results, groups, [shape.replace(", ", "\n") for shape in shapes], CODES)
@@ -32,6 +51,7 @@ def plot(results, path):
     axes.set_ylabel("% of the best read")
     axes.set_xlabel("sequences x length, query heads / kv heads", fontsize=8)
     axes.xaxis.set_label_position("top")
+    roofline(below, results, shapes)
     held = any("figure" in row for row in results.rows.values())
     title = f"{results.device}: attention's share of the best read of its bytes" + (" (red: to be reached)" if held else "")
     figure.suptitle(", ".join(filter(None, (title, results.date))), fontsize=10)
