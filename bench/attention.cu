@@ -79,18 +79,32 @@ struct Pool {
 
   bool serves(const AttentionCase &one) const {
     const auto parts = [](const AttentionCase &c) {
-      return std::tie(c.preset, c.kv_heads, c.head_dim, c.block_tokens);
+      return std::tie(c.preset, c.kv_heads, c.head_dim, c.block_tokens, c.tensors);
     };
     return parts(key) == parts(one);
   }
   int64_t blocks() const { return kPoolTokens / key.block_tokens; }
 
-  // Slots 0 .. tokens - 1 of coded or exact pages, from normals. The keys' size sets the spread of the logits.
+  // Where the pool's tokens are: one after the other in blocks in random order, which sequences have in this order.
+  std::vector<int64_t> slots_of(int64_t tokens) const {
+    std::vector<int64_t> slots;
+    for (int64_t i = 0; i < tokens; ++i) {
+      slots.push_back(int64_t{order[size_t(i / key.block_tokens)]} * key.block_tokens + i % key.block_tokens);
+    }
+    return slots;
+  }
+
+  // The model's token that is the pool's i-th.
+  int64_t model_token(int64_t i) const { return i % kChunkTokens % key.tensors->tokens; }
+
+  // All tokens of the pool, or those of slots 0 .. tokens - 1 of exact pages; normals, whose size sets the spread of the
+  // logits, or a model's.
   void store(const tq_pages &pages, bool exact, int64_t tokens, const Buffer &dense) const {
     const int64_t row = int64_t{key.kv_heads} * key.head_dim;
     if (4 * row * kChunkTokens > kDenseBytes) throw std::runtime_error("the buffer of dense keys is too small");
     std::vector<int64_t> host(size_t(tokens), 0);
     std::iota(host.begin(), host.end(), 0);
+    if (!exact) host = slots_of(tokens);
     const Buffer slots(host), unused(std::vector<int64_t>(size_t(exact ? kChunkTokens : 0), -1));
     size_t workspace_bytes = 0;
     expect(tq_cache_workspace(codec.get(), kChunkTokens, &workspace_bytes));
@@ -99,9 +113,14 @@ struct Pool {
     for (int64_t first = 0; first < tokens; first += kChunkTokens) {
       const int64_t count = std::min(kChunkTokens, tokens - first);
       uint8_t *k = dense.data, *v = dense.data + kDenseBytes / 2;
-      const uint64_t index = uint64_t(first * row) + (exact ? 2 * kOther : 0);
-      fill_normals(k, count * row, index, float(kLogitSpread));
-      fill_normals(v, count * row, index + kOther);
+      if (key.tensors == nullptr) {
+        const uint64_t index = uint64_t(first * row) + (exact ? 2 * kOther : 0);
+        fill_normals(k, count * row, index, float(kLogitSpread));
+        fill_normals(v, count * row, index + kOther);
+      } else if (first == 0) {  // every chunk is the same
+        upload(key.tensors->k, count, k);
+        upload(key.tensors->v, count, v);
+      }
       auto args = sized<tq_store_args>();
       args.input_type = TQ_TYPE_BF16;
       args.num_tokens = count;
@@ -118,6 +137,39 @@ struct Pool {
       expect(tq_cache_store(codec.get(), &args));
     }
     expect(cudaDeviceSynchronize(), "filling the pages");
+  }
+
+  // Of the model's keys or values, repeated over tokens and heads, to [count, kv_heads, head_dim].
+  void upload(const std::vector<uint16_t> &from, int64_t count, uint8_t *to) const {
+    std::vector<uint16_t> rows(size_t(count * key.kv_heads * key.head_dim));
+    for (int64_t r = 0; r < count * key.kv_heads; ++r) {
+      const int64_t model_row =
+          model_token(r / key.kv_heads) * key.tensors->kv_heads + r % key.kv_heads % key.tensors->kv_heads;
+      std::copy_n(from.begin() + model_row * key.head_dim, key.head_dim, rows.begin() + r * key.head_dim);
+    }
+    expect(cudaMemcpy(to, rows.data(), rows.size() * 2, cudaMemcpyHostToDevice), "copying a model's tensors");
+  }
+
+  // [tokens, kv_heads, head_dim], the model's keys as they come out of the pages.
+  std::vector<float> decoded_keys() const {
+    const int64_t tokens = key.tensors->tokens;
+    std::vector<float> keys(size_t(tokens * key.kv_heads * key.head_dim));
+    const Buffer slots(slots_of(tokens)), out(keys.size() * sizeof(float));
+    const tq_pages pages = pages_of(layout, memory.get(), blocks());
+    auto args = sized<tq_load_args>();
+    args.output_type = TQ_TYPE_F32;
+    args.num_tokens = tokens;
+    args.k = out.data;
+    args.pages = &pages;
+    args.slots = as<int64_t>(slots);
+    size_t workspace_bytes = 0;
+    expect(tq_cache_workspace(codec.get(), tokens, &workspace_bytes));
+    const Buffer workspace(workspace_bytes);
+    args.workspace = workspace.data;
+    args.workspace_bytes = workspace_bytes;
+    expect(tq_cache_load(codec.get(), &args));
+    expect(cudaMemcpy(keys.data(), out.data, keys.size() * sizeof(float), cudaMemcpyDeviceToHost), "reading keys");
+    return keys;
   }
 
   void fill(const Buffer &dense) {
@@ -203,7 +255,12 @@ class Bench {
     const int64_t q_elements = int64_t{num_tokens} * one.q_heads * one.head_dim;
     const Buffer q(size_t(q_elements) * 2), out(size_t(q_elements) * 2);
     const Buffer lse(size_t(num_tokens) * size_t(one.q_heads) * sizeof(float));
-    fill_normals(q.data, q_elements, 7 * kOther);
+    if (one.tensors == nullptr) {
+      fill_normals(q.data, q_elements, 7 * kOther);
+    } else {
+      const std::vector<uint16_t> queries = model_queries(one);
+      expect(cudaMemcpy(q.data, queries.data(), queries.size() * 2, cudaMemcpyHostToDevice), "copying queries");
+    }
     expect(cudaDeviceSynchronize(), "filling the queries");
     auto args = sized<tq_attention_args>();
     args.flags = TQ_ATTENTION_CAUSAL;
@@ -263,7 +320,7 @@ class Bench {
     const Buffer workspace(workspace_bytes);
     args.workspace = workspace.data;
     args.workspace_bytes = workspace_bytes;
-    check(one, codec, args, q, lse);
+    check(one, args, q, lse);
     if (!one.lse) args.lse = nullptr;
 
     AttentionRow row;
@@ -312,28 +369,51 @@ class Bench {
     return pool_->ceilings[bytes] = gpu_.ceiling(moves, rotation, {16});
   }
 
-  // One call, whose log-sum-exps must be about what normal logits give: a call that leaves keys out would be fast.
-  static void check(const AttentionCase &one, const tq_codec *codec, const tq_attention_args &args, const Buffer &q,
-                    const Buffer &lse) {
-    expect(tq_paged_attention(codec, &args));
-    const size_t rows = size_t(args.num_tokens) * size_t(one.q_heads);
+  // [sequences, q_heads, head_dim]: of a kv head those of its own query heads, at other positions where it has more.
+  static std::vector<uint16_t> model_queries(const AttentionCase &one) {
+    const ModelTensors &tensors = *one.tensors;
+    const int group = one.q_heads / one.kv_heads;
+    std::vector<uint16_t> queries;
+    for (size_t r = 0; r < one.lengths.size() * size_t(one.q_heads); ++r) {
+      const int64_t sequence = int64_t(r) / one.q_heads, head = int64_t(r) % one.q_heads, in_group = head % group;
+      const int64_t position = (sequence + in_group / tensors.group) % tensors.positions;
+      const int64_t kv_head = position * tensors.kv_heads + head / group % tensors.kv_heads;
+      const auto from = tensors.q.begin() + (kv_head * tensors.group + in_group % tensors.group) * one.head_dim;
+      queries.insert(queries.end(), from, from + one.head_dim);
+    }
+    return queries;
+  }
+
+  // One call, whose log-sum-exps must be about what normal logits give, or what decoded keys of a model do: a call that
+  // leaves keys out would be fast.
+  void check(const AttentionCase &one, const tq_attention_args &args, const Buffer &q, const Buffer &lse) const {
+    expect(tq_paged_attention(pool_->codec.get(), &args));
+    const size_t rows = size_t(args.num_tokens) * size_t(one.q_heads), n = size_t(one.head_dim);
     std::vector<float> sums(rows);
-    std::vector<uint16_t> queries(rows * size_t(one.head_dim));
+    std::vector<uint16_t> bits(rows * n);
     expect(cudaMemcpy(sums.data(), lse.data, rows * sizeof(float), cudaMemcpyDeviceToHost), one.name().c_str());
-    expect(cudaMemcpy(queries.data(), q.data, queries.size() * 2, cudaMemcpyDeviceToHost), one.name().c_str());
+    expect(cudaMemcpy(bits.data(), q.data, bits.size() * 2, cudaMemcpyDeviceToHost), one.name().c_str());
+    std::vector<double> queries;
+    for (const uint16_t half : bits) {
+      const uint32_t word = uint32_t{half} << 16;
+      float value = 0;
+      std::memcpy(&value, &word, sizeof value);
+      queries.push_back(double(value));
+    }
+    for (const float sum : sums) {
+      if (!std::isfinite(sum)) throw std::runtime_error(one.name() + ": a log-sum-exp is not finite");
+    }
+    if (one.tensors != nullptr) {
+      check_model(one, queries, sums);
+      return;
+    }
     double error = 0, counted = 0;
     for (size_t r = 0; r < rows; ++r) {
-      if (!std::isfinite(sums[r])) throw std::runtime_error(one.name() + ": a log-sum-exp is not finite");
       const int32_t length = one.lengths[r / size_t(one.q_heads) / size_t(one.q_len)];
       const int32_t visible = one.window == 0 ? length : std::min(length, one.window);
       if (visible < 1024) continue;
-      double norm = 0;
-      for (size_t c = 0; c < size_t(one.head_dim); ++c) {
-        const uint32_t bits = uint32_t{queries[r * size_t(one.head_dim) + c]} << 16;
-        float value = 0;
-        std::memcpy(&value, &bits, sizeof value);
-        norm += double(value) * double(value);
-      }
+      const double *query = &queries[r * n];
+      const double norm = std::inner_product(query, query + n, query, 0.0);
       error += double(sums[r]) - std::log(double(visible)) - kLogitSpread * kLogitSpread / 2 * norm / one.head_dim;
       ++counted;
     }
@@ -341,6 +421,34 @@ class Bench {
     if (counted > 0 && !(std::abs(error / counted) < 0.4)) {
       throw std::runtime_error(one.name() + ": the log-sum-exps are off by " + std::to_string(error / counted) +
                                " on average");
+    }
+  }
+
+  // The first set's sequences have the pool's tokens one after the other, each from a block of its own on.
+  void check_model(const AttentionCase &one, const std::vector<double> &queries, const std::vector<float> &sums) const {
+    const std::vector<float> keys = pool_->decoded_keys();
+    const size_t n = size_t(one.head_dim), q_heads = size_t(one.q_heads), kv_heads = size_t(one.kv_heads);
+    const double scale = 1 / std::sqrt(double(one.head_dim));
+    int64_t begin = 0;
+    for (size_t s = 0; s < one.lengths.size(); ++s) {
+      std::vector<double> times(size_t(one.tensors->tokens), 0);  // how often the sequence has a token of the model
+      for (int64_t i = 0; i < one.lengths[s]; ++i) ++times[size_t(pool_->model_token(begin + i))];
+      begin += divided_up(one.lengths[s], one.block_tokens) * one.block_tokens;
+      for (size_t head = 0; head < q_heads; ++head) {
+        const double *query = &queries[(s * q_heads + head) * n];
+        std::vector<double> logits;
+        for (size_t t = 0; t < times.size(); ++t) {
+          const float *row = &keys[(t * kv_heads + head / (q_heads / kv_heads)) * n];
+          logits.push_back(scale * std::inner_product(row, row + n, query, 0.0));
+        }
+        const double most = *std::max_element(logits.begin(), logits.end());
+        double sum = 0;
+        for (size_t t = 0; t < times.size(); ++t) sum += times[t] * std::exp(logits[t] - most);
+        const double error = double(sums[s * q_heads + head]) - (most + std::log(sum));
+        if (!(std::abs(error) < 0.01)) {
+          throw std::runtime_error(one.name() + ": a log-sum-exp is off by " + std::to_string(error));
+        }
+      }
     }
   }
 

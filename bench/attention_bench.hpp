@@ -11,6 +11,20 @@
 
 namespace tqkv_bench {
 
+constexpr int kModelHeadDim = 128;
+
+// bf16 tensors of a model, the kv heads of its layers side by side.
+struct ModelTensors {
+  int64_t tokens = 0, positions = 0;  // with keys and values; with queries
+  int kv_heads = 0, group = 0;        // group: query heads of a kv head
+  std::vector<uint16_t> k, v;         // [tokens, kv_heads, kModelHeadDim]
+  std::vector<uint16_t> q;            // [positions, kv_heads, group, kModelHeadDim]
+};
+
+// Of a safetensors file: NAME.k and NAME.v [tokens, heads, head_dim], NAME.q [positions, query heads, head_dim]. Throws
+// std::runtime_error.
+ModelTensors read_model_tensors(const std::string &path);
+
 // One call over random pages, and what it has to reach; 0: nothing.
 struct AttentionCase {
   std::string shape, preset, feature;  // feature: what differs from a plain call, or nothing
@@ -19,7 +33,8 @@ struct AttentionCase {
   int q_len = 1, window = 0, exact_first = 0, exact_recent = 0;
   float soft_cap = 0;
   bool sinks = false, lse = false;
-  bool chunk = false;  // the last q_len keys are k_new
+  bool chunk = false;                     // the last q_len keys are k_new
+  const ModelTensors *tensors = nullptr;  // repeated to the length; none: normals
 
   double least_share = 0;
   std::string relative_to;  // name of the case whose time this one's is compared with, or nothing
@@ -49,8 +64,8 @@ struct AttentionSink {
   std::function<void(const AttentionCase &, const std::string &)> refused;  // in the library's words
 };
 
-// Measures on the first CUDA device. Cases of one preset, head_dim and block size share their pages if they follow each
-// other. Throws std::runtime_error.
+// Measures on the first CUDA device. Cases of one preset, head_dim, block size and origin of keys share their pages if they
+// follow each other. Throws std::runtime_error.
 void measure_attention(const std::vector<AttentionCase> &cases, bool quick, const AttentionSink &sink);
 
 // The command. Returns its exit status.

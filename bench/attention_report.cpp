@@ -56,7 +56,8 @@ std::vector<Shape> shapes() {
   };
 }
 
-std::vector<AttentionCase> all_cases() {
+// With `tensors` those that have a share to reach are there with these, too.
+std::vector<AttentionCase> all_cases(const ModelTensors *tensors) {
   std::vector<AttentionCase> cases;
   const std::vector<Shape> all = shapes();
   for (size_t combo = 0; combo < std::size(kCombos); ++combo) {
@@ -117,6 +118,13 @@ std::vector<AttentionCase> all_cases() {
     one.q_len = 2048;
     one.chunk = true;
     cases.push_back(std::move(one));
+  }
+  if (tensors == nullptr) return cases;
+  for (const AttentionCase &one : std::vector<AttentionCase>(cases)) {
+    if (one.least_share == 0) continue;
+    cases.push_back(one);
+    cases.back().feature = "real keys";
+    cases.back().tensors = tensors;
   }
   return cases;
 }
@@ -212,10 +220,11 @@ void print_row(const AttentionRow &row, const std::vector<Figure> &figures) {
   std::fflush(stdout);
 }
 
-nlohmann::ordered_json to_json(const Machine &machine, const std::vector<AttentionRow> &rows) {
+nlohmann::ordered_json to_json(const Machine &machine, const std::string &data, const std::vector<AttentionRow> &rows) {
   using Json = nlohmann::ordered_json;
   Json json = to_json(machine);
   json["peer"] = "FlashInfer bf16, measured on an H200, see bench/NOTES.md";
+  if (!data.empty()) json["data"] = data;
   Json &results = json["results"] = Json::array();
   for (const AttentionRow &row : rows) {
     const AttentionCase &what = row.what;
@@ -252,8 +261,9 @@ nlohmann::ordered_json to_json(const Machine &machine, const std::vector<Attenti
 }
 
 // The cases whose names have the texts, and those that they are compared with.
-std::vector<AttentionCase> chosen_cases(const std::string &shape, const std::string &bits) {
-  const std::vector<AttentionCase> all = all_cases();
+std::vector<AttentionCase> chosen_cases(const ModelTensors *tensors, const std::string &shape,
+                                        const std::string &bits) {
+  const std::vector<AttentionCase> all = all_cases(tensors);
   std::set<std::string> names;
   for (const AttentionCase &one : all) {
     if (one.name().find(shape) == std::string::npos) continue;
@@ -267,7 +277,8 @@ std::vector<AttentionCase> chosen_cases(const std::string &shape, const std::str
   return chosen;
 }
 
-int run(const std::vector<AttentionCase> &cases, bool quick, const std::string &json_path, bool check) {
+int run(const std::vector<AttentionCase> &cases, const std::string &data, bool quick, const std::string &json_path,
+        bool check) {
   std::optional<AtomicFile> file;
   if (!json_path.empty()) file.emplace(json_path);
   Machine machine;
@@ -288,7 +299,7 @@ int run(const std::vector<AttentionCase> &cases, bool quick, const std::string &
                          [](const AttentionCase &one, const std::string &why) {
                            std::printf("%-42s not measured: %s\n", one.name().c_str(), why.c_str());
                          }});
-  if (file) file->keep(to_json(machine, rows).dump(1) + "\n");
+  if (file) file->keep(to_json(machine, data, rows).dump(1) + "\n");
   return conclude(missed_figures(rows, cases), check);
 }
 
@@ -303,9 +314,14 @@ int run_attention(int argc, char **argv) {
       "Attention over compressed pages on the first CUDA device: bytes of pages, time, and share of the time that the "
       "best read of as many bytes takes, measured in the same run.",
       "tqkv-bench attention");
-  std::string json, shape, bits;
+  std::string json, data, shape, bits;
   bool quick = false, check = false;
   app.add_option("--json", json, "also write the results to this file")->type_name("FILE");
+  app.add_option(
+         "--data", data,
+         "also measure with keys, values and queries of this safetensors file, NAME.k, NAME.v and NAME.q, repeated "
+         "to the length")
+      ->type_name("FILE");
   app.add_flag("--quick", quick, "few replays: medians of 5");
   app.add_option("--shape", shape, "only rows whose name has this text, as \"16 x 32768\" or \"q_len\"")
       ->type_name("TEXT");
@@ -316,13 +332,15 @@ int run_attention(int argc, char **argv) {
   } catch (const CLI::ParseError &e) {
     return app.exit(e) == 0 ? 0 : kUsage;
   }
-  const std::vector<AttentionCase> cases = chosen_cases(shape, bits);
-  if (cases.empty()) {
-    std::fprintf(stderr, "tqkv-bench attention: no row has that name and those codes\n");
-    return kUsage;
-  }
   try {
-    return run(cases, quick, json, check);
+    std::optional<ModelTensors> tensors;
+    if (!data.empty()) tensors = read_model_tensors(data);
+    const std::vector<AttentionCase> cases = chosen_cases(tensors ? &*tensors : nullptr, shape, bits);
+    if (cases.empty()) {
+      std::fprintf(stderr, "tqkv-bench attention: no row has that name and those codes\n");
+      return kUsage;
+    }
+    return run(cases, data, quick, json, check);
   } catch (const std::exception &e) {
     std::fprintf(stderr, "tqkv-bench attention: %s\n", e.what());
     return kFailed;

@@ -19,7 +19,7 @@ class AttentionResults(Results):
     def __init__(self, path):
         super().__init__(path)
         self.shapes = list(dict.fromkeys(shape for shape, _, _ in self.rows))
-        self.features = list(dict.fromkeys(feature for _, _, feature in self.rows if feature))
+        self.varied = list(dict.fromkeys((shape, feature) for shape, _, feature in self.rows if feature))
 
 
 def roofline(axes, results, shapes):
@@ -76,10 +76,9 @@ def print_table(results):
     print("| | " + " | ".join(CODES) + " |\n|---" + "|---" * len(CODES) + "|")
     for shape in results.shapes:
         print(f"| {shape} | " + " | ".join(cell(results.row(shape, codes, "")) for codes in CODES) + " |")
-    for feature in results.features:
-        rows = {codes: row for (_, codes, name), row in results.rows.items() if name == feature}
-        print(f"| {next(iter(rows.values()))['shape']}, {feature} | " +
-              " | ".join(cell(rows.get(codes)) + ratio(rows.get(codes)) for codes in CODES) + " |")
+    for shape, feature in results.varied:
+        rows = [results.row(shape, codes, feature) for codes in CODES]
+        print(f"| {shape}, {feature} | " + " | ".join(cell(row) + ratio(row) for row in rows) + " |")
 
 
 def main():
