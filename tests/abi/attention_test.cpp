@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention over compressed pages against the double-precision oracle over the same pages.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "scenario.hpp"
@@ -531,5 +532,36 @@ TEST_CASE("log-sum-exp is optional and changes nothing") {
     const AttentionRun without = run(target, scenario->codec.get(), scenario->call, 64, false);
     CHECK(with.raw_out == without.raw_out);
     for (float value : without.lse) CHECK(std::isnan(value));
+  }
+}
+
+TEST_CASE("a call made a thousand times has the lengths and tables of each time", "[slow]") {
+  FRESH(random, "attention replays");
+  const char *fewer = std::getenv("TQKV_TEST_CONFIGURATIONS");  // of the engine simulator, where all is slow
+  const int times = fewer != nullptr ? 2 * std::atoi(fewer) : 1000;
+  for (const Target &target : targets()) {
+    tq_config config = make_config(target, 128, 4, random.pick({2, 3, 4}));
+    config.kv_heads = 2;
+    const int64_t columns = 160, num_seqs = 5;
+    const auto scenario = plain_scenario(random, target, config, 8, std::vector<int32_t>(size_t(num_seqs), 0), columns);
+    Scenario &s = *scenario;
+    s.call.args.max_length_tokens = int32_t(columns * 16);
+    if (random.chance(0.5)) s.call.args.split_tokens = 256;
+    AttentionCaller caller(target, s.codec.get(), s.call, 128);
+    for (int time = 0; time < times; ++time) {
+      AttentionCall changed = s.call;
+      for (int32_t &length : changed.lengths) {
+        const double most = double(columns) * 16;
+        length = random.pick({0, 1, int32_t(most), int32_t(std::pow(most, random.uniform(0, 1)))});
+      }
+      for (int32_t &entry : changed.block_table) entry = int32_t(random.integer(0, num_seqs * columns - 1));
+      caller.change(changed.lengths, changed.block_table);
+      const AttentionRun again = caller.run();
+      INFO(target.name << " time " << time);
+      CHECK(same_bits(again, run(target, s.codec.get(), changed, 128)));
+      if (time % 100 == 0) {
+        check_attention(again, expected(*s.reader, changed), TQ_TYPE_F32, attention_tolerance(target));
+      }
+    }
   }
 }

@@ -120,11 +120,19 @@ class CudaDevice final : public Device {
     expect(driver().download(host, reinterpret_cast<uint64_t>(from), bytes), "downloading");
   }
   // The body sees the caller's current device, which need not be this one.
-  tq_status call(const std::function<tq_status(void *)> &body) override {
+  std::function<tq_status()> repeatable(std::function<tq_status(void *)> body) override {
+    if (!captured_) {
+      return [this, body] {
+        begin();
+        return body(stream_);
+      };
+    }
     begin();
     const tq_status status = body(stream_);
-    if (captured_) launch(status);
-    return status;
+    return [this, status, graph = end_capture(status)] {
+      if (status == TQ_OK) launch(graph.get());
+      return status;
+    };
   }
 
  private:
@@ -134,17 +142,23 @@ class CudaDevice final : public Device {
     constexpr int kGlobal = 0;  // anything that is not allowed during a capture fails
     if (captured_) expect(driver().begin_capture(stream_, kGlobal), "beginning a capture");
   }
-  void launch(tq_status status) {
+  // An executable graph, if the call was made.
+  std::shared_ptr<void> end_capture(tq_status status) {
     const ContextScope scope(context_);
     void *graph = nullptr, *executable = nullptr;
     expect(driver().end_capture(stream_, &graph), "ending a capture");
-    if (status == TQ_OK) {
-      expect(driver().instantiate(&executable, graph, 0), "instantiating a graph");
-      expect(driver().launch(executable, stream_), "launching a graph");
-      expect(driver().synchronize(), "the graph");
-      expect(driver().executable_destroy(executable), "destroying a graph");
-    }
+    if (status == TQ_OK) expect(driver().instantiate(&executable, graph, 0), "instantiating a graph");
     expect(driver().graph_destroy(graph), "destroying a graph");
+    return {executable, [context = context_](void *made) {
+              if (made == nullptr) return;
+              const ContextScope scope(context);
+              driver().executable_destroy(made);
+            }};
+  }
+  void launch(void *executable) {
+    const ContextScope scope(context_);
+    expect(driver().launch(executable, stream_), "launching a graph");
+    expect(driver().synchronize(), "the graph");
   }
 
   int ordinal_;

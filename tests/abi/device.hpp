@@ -27,7 +27,11 @@ class Device {
   virtual void upload(void *to, const void *host, size_t bytes) = 0;
   virtual void download(void *host, const void *from, size_t bytes) = 0;  // after all queued work
   // Makes one call of the library, on a stream of the device's.
-  virtual tq_status call(const std::function<tq_status(void *stream)> &body) { return body(nullptr); }
+  tq_status call(const std::function<tq_status(void *stream)> &body) { return repeatable(body)(); }
+  // What makes it as often as it is called: by one graph, where calls are captured.
+  virtual std::function<tq_status()> repeatable(std::function<tq_status(void *stream)> body) {
+    return [body] { return body(nullptr); };
+  }
   // Makes any access to these bytes an error, where the device has a way to find it, and legal again.
   virtual void forbid(void *, size_t) {}
   virtual void allow(void *, size_t) {}

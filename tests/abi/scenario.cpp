@@ -76,7 +76,7 @@ std::unique_ptr<Scenario> random_scenario(uint64_t seed, const Target &target, c
   const int heads = reader.kv_heads, block = reader.block_size, exact_block = reader.exact_block_size;
 
   const bool many_rows = limits.config.many_rows;
-  args.q_heads = heads * (many_rows ? random.pick({4, 5, 8, 12, 16}) : random.pick({1, 1, 2, 3, 4, 5, 7, 8}));
+  args.q_heads = heads * (many_rows ? random.pick({4, 5, 8, 12, 16, 32}) : random.pick({1, 1, 2, 3, 4, 5, 6, 7, 8}));
   args.q_type = random.pick({TQ_TYPE_F32, TQ_TYPE_F16, TQ_TYPE_BF16});
   args.out_type = random.pick({TQ_TYPE_F32, TQ_TYPE_F32, TQ_TYPE_F16, TQ_TYPE_BF16});
   if (random.chance(0.6)) args.flags = TQ_ATTENTION_CAUSAL;

@@ -414,91 +414,121 @@ bool same_bits(const AttentionRun &a, const AttentionRun &b) {
   return a.raw_out == b.raw_out && bits(a.lse) == bits(b.lse);
 }
 
-AttentionRun run(const Target &target, const tq_codec *codec, const AttentionCall &call, int head_dim_v,
-                 bool want_lse) {
-  Device &device = *target.device;
-  tq_attention_args args = call.args;
+AttentionCaller::AttentionCaller(const Target &target, const tq_codec *codec, const AttentionCall &call, int head_dim_v,
+                                 bool want_lse)
+    : device_(*target.device),
+      call_(call),
+      args_(call.args),
+      head_dim_v_(head_dim_v),
+      q_(device_, call.q),
+      k_new_(device_, call.k_new),
+      v_new_(device_, call.v_new),
+      cu_(device_, call.cu_seqlens),
+      positions_(device_, call.q_positions),
+      table_(device_, call.block_table),
+      indptr_(device_, call.block_indptr),
+      indices_(device_, call.block_indices),
+      lengths_(device_, call.lengths),
+      starts_(device_, call.starts),
+      exact_table_(device_, call.exact_table),
+      sinks_(device_, call.sinks),
+      alibi_(device_, call.alibi_slopes),
+      offset_(device_, call.key_offset),
+      pool_(device_, call.pool->bytes),
+      exact_pool_(device_, call.exact_pool ? call.exact_pool->bytes : std::vector<uint8_t>()) {
+  tq_attention_args &args = args_;
   fill_sizes(call, &args);
-  const int64_t element = oracle::type_bytes(args.out_type);
-  const int64_t head_stride = args.out_head_stride ? args.out_head_stride : head_dim_v;
-  const int64_t token_stride = args.out_token_stride ? args.out_token_stride : args.q_heads * head_dim_v;
-  const int64_t tokens = args.num_tokens;
-  const int64_t extent = tokens ? (tokens - 1) * token_stride + (args.q_heads - 1) * head_stride + head_dim_v : 0;
-
-  const Bytes q(device, call.q), k_new(device, call.k_new), v_new(device, call.v_new), cu(device, call.cu_seqlens),
-      positions(device, call.q_positions), table(device, call.block_table), indptr(device, call.block_indptr),
-      indices(device, call.block_indices), lengths(device, call.lengths), starts(device, call.starts),
-      exact_table(device, call.exact_table), sinks(device, call.sinks), alibi(device, call.alibi_slopes),
-      offset(device, call.key_offset), pool(device, call.pool->bytes),
-      exact_pool(device, call.exact_pool ? call.exact_pool->bytes : std::vector<uint8_t>()),
-      out(device, size_t(extent * element)), lse(device, size_t(tokens * args.q_heads * 4)),
-      faults(device, std::vector<tq_faults>(1));
-  const tq_pages pages = call.pool->at(pool.data());
-  const tq_pages exact_pages = call.exact_pool ? call.exact_pool->at(exact_pool.data()) : tq_pages{};
-  args.q = q.data();
-  if (!call.k_new.empty()) args.k_new = k_new.data();
-  if (!call.v_new.empty()) args.v_new = v_new.data();
-  if (!call.cu_seqlens.empty()) args.cu_seqlens_q = cu.as<int32_t>();
-  if (!call.q_positions.empty()) args.q_positions = positions.as<int32_t>();
-  args.pages = &pages;
+  if (args.num_tokens > 0) extent_ = out_index(args.num_tokens - 1, args.q_heads - 1, head_dim_v - 1) + 1;
+  out_.emplace(device_, size_t(extent_ * oracle::type_bytes(args.out_type)));
+  lse_.emplace(device_, size_t(args.num_tokens) * size_t(args.q_heads) * sizeof(float));
+  pages_ = call.pool->at(pool_.data());
+  args.q = q_.data();
+  if (!call.k_new.empty()) args.k_new = k_new_.data();
+  if (!call.v_new.empty()) args.v_new = v_new_.data();
+  if (!call.cu_seqlens.empty()) args.cu_seqlens_q = cu_.as<int32_t>();
+  if (!call.q_positions.empty()) args.q_positions = positions_.as<int32_t>();
+  args.pages = &pages_;
   if (call.block_indptr.empty()) {
-    args.block_table = table.as<int32_t>();
+    args.block_table = table_.as<int32_t>();
   } else {
-    args.block_indptr = indptr.as<int32_t>();
-    args.block_indices = indices.as<int32_t>();
+    args.block_indptr = indptr_.as<int32_t>();
+    args.block_indices = indices_.as<int32_t>();
   }
-  args.lengths = lengths.as<int32_t>();
-  if (!call.starts.empty()) args.starts = starts.as<int32_t>();
+  args.lengths = lengths_.as<int32_t>();
+  if (!call.starts.empty()) args.starts = starts_.as<int32_t>();
   if (call.exact_pool) {
-    args.exact_pages = &exact_pages;
-    args.exact_table = exact_table.as<int32_t>();
+    exact_pages_ = call.exact_pool->at(exact_pool_.data());
+    args.exact_pages = &exact_pages_;
+    args.exact_table = exact_table_.as<int32_t>();
   }
-  if (!call.sinks.empty()) args.sinks = sinks.as<float>();
-  if (!call.alibi_slopes.empty()) args.alibi_slopes = alibi.as<float>();
-  if (!call.key_offset.empty()) args.key_offset = offset.as<float>();
-  args.out = out.data();
-  args.lse = want_lse ? lse.as<float>() : nullptr;
-  args.faults = faults.as<tq_faults>();
-
-  AttentionRun result;
-  result.integer_queries = device.kind() == TQ_DEVICE_CUDA;
-  size_t workspace_bytes = 0;
-  result.status = tq_attention_workspace(codec, &args, &workspace_bytes);
-  if (result.status != TQ_OK) return result;
-  const Bytes workspace(device, workspace_bytes);
-  args.workspace = workspace.data();
-  args.workspace_bytes = workspace_bytes;
-  result.status = device.call([&](void *stream) {
-    args.stream = stream;
-    return tq_paged_attention(codec, &args);
+  if (!call.sinks.empty()) args.sinks = sinks_.as<float>();
+  if (!call.alibi_slopes.empty()) args.alibi_slopes = alibi_.as<float>();
+  if (!call.key_offset.empty()) args.key_offset = offset_.as<float>();
+  args.out = out_->data();
+  args.lse = want_lse ? lse_->as<float>() : nullptr;
+  args.faults = faults_.as<tq_faults>();
+  status_ = tq_attention_workspace(codec, &args, &args.workspace_bytes);
+  if (status_ != TQ_OK) return;
+  workspace_.emplace(device_, args.workspace_bytes);
+  args.workspace = workspace_->data();
+  make_ = device_.repeatable([this, codec](void *stream) {
+    args_.stream = stream;
+    return tq_paged_attention(codec, &args_);
   });
+}
+
+int64_t AttentionCaller::out_index(int64_t token, int64_t head, int64_t channel) const {
+  const int64_t head_stride = args_.out_head_stride ? args_.out_head_stride : head_dim_v_;
+  const int64_t token_stride = args_.out_token_stride ? args_.out_token_stride : args_.q_heads * head_dim_v_;
+  return token * token_stride + head * head_stride + channel;
+}
+
+void AttentionCaller::change(const std::vector<int32_t> &lengths, const std::vector<int32_t> &block_table) {
+  lengths_.upload(lengths.data());
+  table_.upload(block_table.data());
+}
+
+AttentionRun AttentionCaller::run() {
+  AttentionRun result;
+  result.integer_queries = device_.kind() == TQ_DEVICE_CUDA;
+  result.status = status_;
+  if (status_ != TQ_OK) return result;
+  for (Bytes *written : {&*out_, &*lse_}) written->upload(std::vector<uint8_t>(written->size(), 0xff).data());
+  faults_.upload(std::vector<tq_faults>(1).data());
+  result.status = make_();
   INFO("tq_paged_attention: " << (result.status == TQ_OK ? "" : tq_last_error()));
   REQUIRE(result.status == TQ_OK);
 
-  workspace.download();
-  CHECK(pool.download() == call.pool->bytes);
-  if (call.exact_pool) CHECK(exact_pool.download() == call.exact_pool->bytes);
-  CHECK(q.download() == call.q);
-  result.raw_out = out.download();
-  result.faults = faults.download<tq_faults>()[0];
-  result.has_lse = want_lse;
-  result.lse = lse.download<float>();
-  std::vector<char> owned(size_t(extent), 0);
-  for (int64_t token = 0; token < tokens; ++token) {
-    for (int64_t h = 0; h < args.q_heads; ++h) {
-      for (int64_t c = 0; c < head_dim_v; ++c) {
-        const int64_t index = token * token_stride + h * head_stride + c;
+  workspace_->download();
+  CHECK(pool_.download() == call_.pool->bytes);
+  if (call_.exact_pool) CHECK(exact_pool_.download() == call_.exact_pool->bytes);
+  CHECK(q_.download() == call_.q);
+  result.raw_out = out_->download();
+  result.faults = faults_.download<tq_faults>()[0];
+  result.has_lse = args_.lse != nullptr;
+  result.lse = lse_->download<float>();
+  std::vector<char> owned(size_t(extent_), 0);
+  for (int64_t token = 0; token < args_.num_tokens; ++token) {
+    for (int64_t h = 0; h < args_.q_heads; ++h) {
+      for (int64_t c = 0; c < head_dim_v_; ++c) {
+        const int64_t index = out_index(token, h, c);
         owned[size_t(index)] = 1;
-        result.out.push_back(oracle::read_element(result.raw_out.data(), args.out_type, index));
+        result.out.push_back(oracle::read_element(result.raw_out.data(), args_.out_type, index));
       }
     }
   }
   bool gaps_intact = true;
-  for (int64_t i = 0; i < extent * element; ++i) {
+  const int64_t element = oracle::type_bytes(args_.out_type);
+  for (int64_t i = 0; i < extent_ * element; ++i) {
     if (!owned[size_t(i / element)]) gaps_intact = gaps_intact && result.raw_out[size_t(i)] == 0xff;
   }
   CHECK(gaps_intact);
   return result;
+}
+
+AttentionRun run(const Target &target, const tq_codec *codec, const AttentionCall &call, int head_dim_v,
+                 bool want_lse) {
+  return AttentionCaller(target, codec, call, head_dim_v, want_lse).run();
 }
 
 oracle::Attention expected(const oracle::Codec &codec, const AttentionCall &call, const oracle::Loader &loader) {

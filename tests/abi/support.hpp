@@ -64,7 +64,7 @@ struct ConfigLimits {
   int max_head_dim = 160;
   bool allow_matrices = true;  // dense and custom rotations
   bool attends = false;        // what attention takes on the target
-  bool many_rows = false;  // what kernels of head_dim 128 and fixed bits take, and scenarios of 8 to 96 rows a kv head
+  bool many_rows = false;  // what kernels of head_dim 128 and fixed bits take, and scenarios of 8 to 192 rows a kv head
 };
 // Whether attention on the target's device takes a codec.
 bool attends(const Target &target, const tq_config &config);
@@ -140,7 +140,36 @@ struct AttentionRun {
 };
 // Whether output and log-sum-exp are the same, bit for bit.
 bool same_bits(const AttentionRun &a, const AttentionRun &b);
-// Runs the call on a target. Checks guards, inputs left alone, and that gaps between strided rows stay poisoned.
+// A call that can be made again, with other lengths and tables.
+class AttentionCaller {
+ public:
+  AttentionCaller(const Target &target, const tq_codec *codec, const AttentionCall &call, int head_dim_v,
+                  bool want_lse = true);
+  AttentionCaller(const AttentionCaller &) = delete;
+  AttentionCaller &operator=(const AttentionCaller &) = delete;
+
+  // As many as the call had.
+  void change(const std::vector<int32_t> &lengths, const std::vector<int32_t> &block_table);
+  // Checks guards, inputs left alone, and that gaps between strided rows stay poisoned.
+  AttentionRun run();
+
+ private:
+  int64_t out_index(int64_t token, int64_t head, int64_t channel) const;
+
+  Device &device_;
+  const AttentionCall &call_;
+  tq_attention_args args_;
+  const int head_dim_v_;
+  int64_t extent_ = 0;  // elements from the first of out to the last
+  Bytes q_, k_new_, v_new_, cu_, positions_, table_, indptr_, indices_, lengths_, starts_, exact_table_, sinks_, alibi_,
+      offset_, pool_, exact_pool_;
+  Bytes faults_{device_, std::vector<tq_faults>(1)};
+  std::optional<Bytes> out_, lse_, workspace_;
+  tq_pages pages_{}, exact_pages_{};
+  tq_status status_ = TQ_OK;
+  std::function<tq_status()> make_;
+};
+// One call on a target.
 AttentionRun run(const Target &target, const tq_codec *codec, const AttentionCall &call, int head_dim_v,
                  bool want_lse = true);
 oracle::Attention expected(const oracle::Codec &codec, const AttentionCall &call,

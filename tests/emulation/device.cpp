@@ -9,15 +9,22 @@ class EmulatedDevice final : public CpuDevice {
  public:
   explicit EmulatedDevice(bool captured) : captured_(captured) {}
   int32_t kind() const override { return TQ_DEVICE_CUDA; }
-  tq_status call(const std::function<tq_status(void *)> &body) override {
-    char stream;  // its address is its name
-    if (!captured_) return body(&stream);
+  std::function<tq_status()> repeatable(std::function<tq_status(void *)> body) override {
+    if (!captured_) {
+      return [body] {
+        char stream;  // its address is its name
+        return body(&stream);
+      };
+    }
+    char stream;
     emulation::begin_capture(&stream);
     const tq_status status = body(&stream);
-    for (const auto &work : emulation::end_capture()) {
-      if (status == TQ_OK) work();
-    }
-    return status;
+    return [status, graph = emulation::end_capture()] {
+      for (const auto &work : graph) {
+        if (status == TQ_OK) work();
+      }
+      return status;
+    };
   }
 
  private:
