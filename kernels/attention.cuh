@@ -761,7 +761,11 @@ class WarpRows {
     return is_precise() ? 1 : 8;
   }
   // Sums of weights that are so large that smaller weights' rounding does not show, and that are too large.
-  static constexpr uint32_t kLargeSum = 1u << 24, kMostSum = 1u << 29;
+  static constexpr uint32_t kLargeSum = 1u << 27, kMostSum = 1u << 29;
+  // A few keys, a sink say, may have most of the weight. So that others are not all rounded to the same small integer,
+  // looks count their squares apart from those before, of which this is left; and where a reference rises above weights
+  // of this size (log2), or a first one is far above most of its step, it falls again in the next step.
+  static constexpr float kTrace = 0x1p-14f, kFaint = 2.0f, kFirstFaint = 1.0f;
 
   __device__ RowState &row() const {
     return states()[lane_now() / 4 % Shape::kRows];
@@ -918,35 +922,61 @@ class WarpRows {
 
   // After 1, 2, 4 .. steps: whether weights are so small that their rounding shows, or sums too large; the next step does
   // what is needed. Rounding adds an error of about sqrt(n / 12) to a sum of n values, if they are independent of size
-  // sqrt(sum of w^2).
+  // sqrt(sum of w^2), and at most n / 2 if they are not.
   __device__ void look(int number) {
     if (number >= states()[0].plain.x) plain_end_ = states()[0].plain.y;
-    if (steps_ < first_look()) return;
-    const uint32_t sum = row_weights();
-    const float keys = float(steps_ * kStepTiles * kTileTokens), squares = row_sum(squares_);
-    const float below = least_weight() - 0.5f * log2_approx(fmaxf(0.5f * squares, 1e-30f) * reciprocal_approx(keys));
-    if ((flags_ & kUnset) != 0) return;
-    if (below > 0 && sum < kLargeSum && float(sum) < exp2_approx(least_weight()) * keys) {
-      flags_ |= kMove + kFall * unsigned(fminf(below + 1, 60));
+    if (steps_ >= first_look()) {
+      const uint32_t sum = row_weights();
+      const float size = recent_size(steps_ - 1);
+      if ((flags_ & kUnset) == 0) {
+        if (size < least_weight() - 2 && sum < kLargeSum && shows(sum)) flags_ |= fall_from(size);
+        if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_ |= kMove;
+      }
+    } else if (steps_ > 1) {
+      return;
     }
-    if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_ |= kMove;
+    squares_ *= kTrace;
+  }
+
+  // log2 of the root of the row's mean w^2 in the steps since the last look that was after at most `before` steps.
+  __device__ float recent_size(int before) const {
+    const int last = before < first_look() ? min(before, 1)
+                     : before < kMostSteps ? 1 << (31 - __clz(before))
+                                           : before & -kMostSteps;
+    const float steps = __fmaf_rn(float(last), 0.5f * kTrace, float(steps_ - last));
+    const float keys = steps * float(kStepTiles * kTileTokens);
+    return 0.5f * log2_approx(fmaxf(0.5f * row_sum(squares_), 1e-30f) * reciprocal_approx(keys));
+  }
+  // Whether rounding of weights of the least size, all in one direction, could show in a sum.
+  __device__ bool shows(uint32_t sum) const {
+    return float(sum) < exp2_approx(least_weight()) * float(steps_ * kStepTiles * kTileTokens);
+  }
+  // Flags for a reference that is to fall, because weights have this size.
+  __device__ unsigned fall_from(float size) const {
+    return kMove + kFall * unsigned(fminf(least_weight() - size + 1, 60));
   }
 
   // How far above the largest of a step's weights, `most`, the reference of a row is to be that sees its first step: as far
   // as the largest of the `left` steps is expected from normal scores, but so that the mean square, which grows with the
-  // number of keys half as fast, is good.
-  __device__ float expected_rise(const float (&weight)[kTiles][4], float most, int left) const {
-    float count = 0, mean = 0, square = 0, power = 0;
+  // number of keys half as fast, is good. `faint`: log2 of the root of the mean square of weights below an eighth of
+  // `most`, by `most`; 0 if there is none.
+  __device__ float expected_rise(const float (&weight)[kTiles][4], float most, int left, float &faint) const {
+    float count = 0, mean = 0, square = 0, power = 0, faint_count = 0, faint_power = 0;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (weight[t][i] == kMinusInfinity) continue;
         const float below = weight[t][i] - most;
+        const float squared = exp2_approx(2 * below);
         count += 1, mean += below, square = __fmaf_rn(below, below, square);
-        power += exp2_approx(2 * below);
+        power += squared;
+        if (below < -3) faint_count += 1, faint_power += squared;
       }
     }
+    faint_count = row_sum(faint_count);
+    faint_power = row_sum(faint_power);
+    faint = faint_count == 0 ? 0.0f : 0.5f * log2_approx(fmaxf(faint_power, 1e-30f) * reciprocal_approx(faint_count));
     count = reciprocal_approx(fmaxf(row_sum(count), 1));
     mean = row_sum(mean) * count;
     square = row_sum(square) * count;
@@ -974,10 +1004,15 @@ class WarpRows {
     most = row_max(most);
     const bool unset = (flags_ & kUnset) != 0;
     float above = left > 1 ? 1.0f : 0.1f;
+    unsigned next = 0;  // flags
     if (__any_sync(kAll, unset)) {
       most_score = row_max(most_score);
-      const float expected = expected_rise(weight, most, left);
-      if (unset && left > 1) above = expected + 1.1f;
+      float faint;
+      const float expected = expected_rise(weight, most, left, faint);
+      if (unset && left > 1) {
+        above = expected + 1.1f;
+        if (16 - above + faint < kFirstFaint) next = fall_from(16 - above + faint);
+      }
       if (unset && most == kMinusInfinity) most = most_score;  // no value, but a weight
     }
     int rise = 0, fall = -int(flags_ / kFall);
@@ -993,12 +1028,14 @@ class WarpRows {
     }
     if (__any_sync(kAll, !unset && (rise != 0 || (flags_ & kMove) != 0))) {
       const int shift = unset ? 0 : rise;
+      const float size = recent_size(steps_) - float(shift);
       shift_sums(shift);
       sum = shift >= 32 ? 0 : shift >= 0 ? sum >> shift : sum << -shift;
       sum_ = shift > 126 ? 0.0f : sum_ * __int_as_float((127 - shift) << 23);
       weights_ = uint32_t(steps_) * (4 * kTiles * kOne);
       if (lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows) weights_ += sum;
       squares_ = shift > 60 ? 0.0f : squares_ * __int_as_float((127 - 2 * shift) << 23);
+      if (shift > 0 && size < kFaint && shows(sum)) next = fall_from(size);
     }
     shifted_ -= float(rise);
 #pragma unroll
@@ -1007,7 +1044,7 @@ class WarpRows {
       for (int i = 0; i < 4; ++i) y[t][i] -= float(rise);
     }
     // gain 0: no such row, or all its scores are equal
-    flags_ = unset && most == kMinusInfinity && gain_ != 0 ? kUnset : 0;
+    flags_ = unset && most == kMinusInfinity && gain_ != 0 ? kUnset : next;
   }
 
   // Divides all sums by 2^shift of their row. Low sums, of at most 255 * 127 * 32 a step, are carried to high ones before
@@ -1076,7 +1113,7 @@ class WarpRows {
   float shifted_;     // the row's offset less its reference
   float sum_;         // of p
   uint32_t weights_;  // of w, with kOne for each of the steps
-  float squares_;     // of the bits of every step's w: about twice the sum of w^2
+  float squares_;     // of the bits of every step's w: about twice the sum of w^2; see kTrace
   unsigned flags_;
   // The warp's.
   int steps_;  // of the item, taken

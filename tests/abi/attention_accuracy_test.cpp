@@ -11,12 +11,13 @@
 
 namespace {
 
-constexpr int kHeadDim = kBundledHeadDim, kKvHeads = 2, kQueryHeads = 8, kBlock = 16;
+constexpr int kHeadDim = kBundledHeadDim, kKvHeads = 2, kBlock = 16;
 constexpr int32_t kLongest = 131072;
 
-// bf16 [tokens, kKvHeads, kHeadDim], and [kQueryHeads, kHeadDim].
+// bf16 [tokens, kKvHeads, kHeadDim], and [q_heads, kHeadDim].
 struct Tensors {
   int64_t tokens;
+  int q_heads;
   std::vector<uint8_t> k, v, q;
 };
 
@@ -38,7 +39,7 @@ class Accuracy {
     for (int64_t i = 0; i < tensors.tokens; ++i) store_call.slots.push_back(i);
     REQUIRE(store(target, codec.get(), &store_call) == TQ_OK);
     call_.pool = &pool_;
-    call_.args.q_heads = kQueryHeads;
+    call_.args.q_heads = tensors.q_heads;
     call_.args.q_type = TQ_TYPE_BF16;
     query_ = tensors.q;
   }
@@ -47,16 +48,20 @@ class Accuracy {
   const PoolImage &pool() const { return pool_; }
   void set_scale(double scale) { call_.args.scale = float(scale); }
 
-  // A sequence of blocks 0 .. `first` - 1 and then, as often as needed, the others.
-  void add_sequence(int32_t length, int32_t first) {
-    const int32_t blocks = int32_t(pool_.pages.num_blocks);
+  // A sequence of all blocks, as often as needed, and `q_len` equal queries that see all of it; with `sink`, the token that
+  // is read from block 0, only once.
+  void add_sequence(int32_t length, int32_t sink = -1, int q_len = 1) {
+    const int32_t first = sink < 0 ? 0 : 1, others = int32_t(pool_.pages.num_blocks) - first;
     call_.args.table_columns = kLongest / kBlock;
     for (int32_t column = 0; column < kLongest / kBlock; ++column) {
-      call_.block_table.push_back(column < first ? column : first + (column - first) % (blocks - first));
+      call_.block_table.push_back(sink >= 0 && column == sink / kBlock ? 0 : first + column % others);
     }
     call_.lengths.push_back(length);
-    call_.args.num_tokens = int32_t(call_.lengths.size());
-    call_.q.insert(call_.q.end(), query_.begin(), query_.end());
+    if (call_.cu_seqlens.empty()) call_.cu_seqlens.push_back(0);
+    call_.cu_seqlens.push_back(call_.cu_seqlens.back() + q_len);
+    call_.args.num_tokens += q_len;
+    call_.args.max_q_len = std::max(call_.args.max_q_len, q_len);
+    for (int i = 0; i < q_len; ++i) call_.q.insert(call_.q.end(), query_.begin(), query_.end());
   }
 
   oracle::Attention expect() {
@@ -74,10 +79,10 @@ class Accuracy {
       call_.args.out_type = type;
       const AttentionRun got = run(target, codec.get(), call_, kHeadDim);
       REQUIRE(got.status == TQ_OK);
-      const size_t row = size_t{kQueryHeads} * kHeadDim;
+      const size_t token = size_t(call_.args.q_heads) * kHeadDim;
       for (size_t s = 0; s < call_.lengths.size(); ++s) {
         double error = 0, square = 0;
-        for (size_t i = s * row; i < (s + 1) * row; ++i) {
+        for (size_t i = size_t(call_.cu_seqlens[s]) * token; i < size_t(call_.cu_seqlens[s + 1]) * token; ++i) {
           error += std::pow(got.out[i] - want.out[i], 2);
           square += std::pow(want.out[i], 2);
         }
@@ -109,9 +114,10 @@ Tensors model_tensors(Random &random) {
     if (name.back() == 'k') layers.push_back(name.substr(0, name.size() - 1));
   }
   std::shuffle(layers.begin(), layers.end(), random.engine());
-  constexpr size_t kRow = 2 * kHeadDim, kGroup = kQueryHeads / kKvHeads;
+  constexpr size_t kRow = 2 * kHeadDim, kGroup = 4;
   const size_t position = size_t(random.integer(0, 31));
-  Tensors tensors;
+  Tensors tensors{};
+  tensors.q_heads = kKvHeads * int(kGroup);
   tensors.tokens = int64_t(bundled.at(layers[0] + "k").size() / kRow) / kBlock * kBlock;
   const auto append = [&](const std::string &name, size_t first, size_t bytes, std::vector<uint8_t> *to) {
     const auto from = bundled.at(name).begin() + std::ptrdiff_t(first);
@@ -135,18 +141,17 @@ TEST_CASE("long contexts of a model's own tokens and of random ones", "[slow]") 
   FRESH(random, "accuracy long");
   for (const auto &[bits_k, bits_v] : {std::pair{4, 4}, {3, 3}, {2, 2}}) {
     for (const bool real : {true, false}) {
-      Tensors tensors;
+      Tensors tensors{2048, 8, {}, {}, {}};
       if (real) {
         tensors = model_tensors(random);
       } else {  // logits spread by 2.5
-        tensors.tokens = 2048;
         tensors.k = encode_elements(normals(random, tensors.tokens * kKvHeads * kHeadDim, 2.5), TQ_TYPE_BF16);
         tensors.v = encode_elements(normals(random, tensors.tokens * kKvHeads * kHeadDim), TQ_TYPE_BF16);
-        tensors.q = encode_elements(normals(random, kQueryHeads * kHeadDim), TQ_TYPE_BF16);
+        tensors.q = encode_elements(normals(random, tensors.q_heads * kHeadDim), TQ_TYPE_BF16);
       }
       Accuracy accuracy(random, targets()[0], bits_k, bits_v, tensors);
-      accuracy.add_sequence(kLongest, 0);
-      accuracy.add_sequence(int32_t(random.integer(1, 8192)), 0);
+      accuracy.add_sequence(kLongest);
+      accuracy.add_sequence(int32_t(random.integer(1, 8192)));
       const oracle::Attention want = accuracy.expect();
       INFO((real ? "a model's" : "random"));
       for (const Target &target : targets()) accuracy.check(target, want);
@@ -156,37 +161,48 @@ TEST_CASE("long contexts of a model's own tokens and of random ones", "[slow]") 
 
 TEST_CASE("a sink with most of the weight over a flat tail", "[slow]") {
   FRESH(random, "accuracy sink");
-  for (const auto &[bits_k, bits_v] : {std::pair{4, 4}, {2, 2}}) {
-    // Queries along one direction; the first key too, all others almost zero. Values around one that all have in common.
-    Tensors tensors{1024, {}, {}, {}};
+  struct Shape {
+    int bits_k, bits_v, q_heads;
+    int32_t length, sink;
+    int q_len;
+  };
+  const int32_t anywhere = int32_t(random.integer(0, 4095)) / kBlock * kBlock;
+  for (const Shape &shape : {Shape{4, 4, 8, kLongest, 0, 1},
+                             {2, 2, 16, kLongest, 0, 1},
+                             {3, 3, 8, kLongest, 1 << 16, 1},
+                             {4, 4, 16, 4096, anywhere, 1},
+                             {2, 2, 8, 4096, anywhere, 1},
+                             {4, 4, 8, 8192, 0, 33},
+                             {2, 2, 8, 300, 0, 1}}) {
+    // Queries along one direction, that of the first key; all others are almost zero. Values around one in common.
+    Tensors tensors{1024, shape.q_heads, {}, {}, {}};
     const std::vector<double> direction = normals(random, kHeadDim), common = normals(random, kHeadDim);
     std::vector<double> k = normals(random, tensors.tokens * kKvHeads * kHeadDim, 0.01),
                         v = normals(random, tensors.tokens * kKvHeads * kHeadDim),
-                        q = normals(random, kQueryHeads * kHeadDim, 0.01);
+                        q = normals(random, tensors.q_heads * kHeadDim, 0.01);
     for (size_t i = 0; i < kKvHeads * kHeadDim; ++i) k[i] = direction[i % kHeadDim];
     for (size_t i = 0; i < v.size(); ++i) v[i] += common[i % kHeadDim];
     for (size_t i = 0; i < q.size(); ++i) q[i] += direction[i % kHeadDim];
     tensors.k = encode_elements(k, TQ_TYPE_BF16);
     tensors.v = encode_elements(v, TQ_TYPE_BF16);
     tensors.q = encode_elements(q, TQ_TYPE_BF16);
-    for (const int32_t length : {kLongest, int32_t{4096}}) {
-      Accuracy accuracy(random, targets()[0], bits_k, bits_v, tensors);
-      const oracle::Codec &reader = accuracy.reader();
-      double logit = 0;  // of the sink, with scale 1
-      for (int head = 0; head < kKvHeads; ++head) {
-        const auto view = accuracy.pool().view(reader);
-        logit += oracle::dot(direction, oracle::load(reader, false, view, TQ_SIDE_K, 0, head)) / kKvHeads;
-      }
-      const double scale = std::log(0.7 / 0.3 * length) / logit;
-      accuracy.set_scale(scale);
-      accuracy.add_sequence(length, 1);
-      const oracle::Attention want = accuracy.expect();
-      for (const double lse : want.lse) {
-        const double weight = std::exp(scale * logit - lse);
-        CHECK(weight > 0.6);
-        CHECK(weight < 0.8);
-      }
-      for (const Target &target : targets()) accuracy.check(target, want);
+    Accuracy accuracy(random, targets()[0], shape.bits_k, shape.bits_v, tensors);
+    const oracle::Codec &reader = accuracy.reader();
+    double logit = 0;  // of the sink, with scale 1
+    for (int head = 0; head < kKvHeads; ++head) {
+      const auto view = accuracy.pool().view(reader);
+      logit += oracle::dot(direction, oracle::load(reader, false, view, TQ_SIDE_K, 0, head)) / kKvHeads;
     }
+    const double scale = std::log(0.7 / 0.3 * shape.length) / logit;
+    accuracy.set_scale(scale);
+    accuracy.add_sequence(shape.length, shape.sink, shape.q_len);
+    const oracle::Attention want = accuracy.expect();
+    INFO("sink at " << shape.sink << " q_heads " << shape.q_heads << " q_len " << shape.q_len);
+    for (const double lse : want.lse) {
+      const double weight = std::exp(scale * logit - lse);
+      CHECK(weight > 0.6);
+      CHECK(weight < 0.8);
+    }
+    for (const Target &target : targets()) accuracy.check(target, want);
   }
 }

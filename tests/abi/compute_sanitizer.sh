@@ -10,6 +10,7 @@ PROGRAM=$(realpath "$2")
 processes=${3:-8} tests=${4:-[#attention_test],[#codec_test],[#pages_test],[#merge_test],[#golden_test]}
 cd "$(dirname "$0")"
 export TQKV_TEST_DEVICE=cuda
+export TQKV_TEST_CONFIGURATIONS=${TQKV_TEST_CONFIGURATIONS:-12}  # fewer repetitions
 
 check() {
   local begin=$SECONDS said
