@@ -745,27 +745,30 @@ class WarpRows {
   static constexpr uint32_t kOne = 0x4b000000;  // 2^23: integers are a float's low bits
   // The row's reference is not chosen yet, or the row does not exist; it is to be moved, and from kFall on: how far down.
   static constexpr unsigned kUnset = 1, kMove = 2, kFall = 4;
-  // log2 of what the root of the mean w^2 is not left below, where rounding adds 1 / (sqrt(12) * 1800) = 1.6e-4 to the root
-  // of the sum of squares, or 7.6e-4 (380) where the output is of 16 bits; of what a first reference is to make of it; and
+  // log2 of what the root of the mean w^2 is not left below, where rounding adds 1 / (sqrt(6) * 2350) = 1.7e-4 to the root
+  // of the sum of squares, or 8e-4 (512) where the output is of 16 bits; of what a first reference is to make of it; and
   // the first step after which it is looked at.
   __device__ bool is_precise() const {
     return call_.out.type == TQ_TYPE_F32;
   }
   __device__ float least_weight() const {
-    return is_precise() ? 10.8f : 8.57f;
+    return is_precise() ? 11.2f : 9.0f;
   }
   __device__ float good_weight() const {
-    return is_precise() ? 11.5f : 9.5f;
+    return is_precise() ? 11.9f : 9.9f;
   }
   __device__ int first_look() const {
     return is_precise() ? 1 : 8;
   }
   // Sums of weights that are so large that smaller weights' rounding does not show, and that are too large.
-  static constexpr uint32_t kLargeSum = 1u << 27, kMostSum = 1u << 29;
-  // A few keys, a sink say, may have most of the weight. So that others are not all rounded to the same small integer,
-  // looks count their squares apart from those before, of which this is left; and where a reference rises above weights
-  // of this size (log2), or a first one is far above most of its step, it falls again in the next step.
-  static constexpr float kTrace = 0x1p-14f, kFaint = 2.0f, kFirstFaint = 1.0f;
+  __device__ uint32_t large_sum() const {
+    return is_precise() ? 1u << 27 : 1u << 24;
+  }
+  static constexpr uint32_t kMostSum = 1u << 29;
+  // A few keys, a sink say, may have most of a row's weight, and the others' rounding show in f32 outputs. There looks
+  // count squares apart from those before, of which this is left; and a reference that rises above weights of this size
+  // (log2) falls again in the next step.
+  static constexpr float kTrace = 0x1p-14f, kFaint = 5.0f;
 
   __device__ RowState &row() const {
     return states()[lane_now() / 4 % Shape::kRows];
@@ -904,16 +907,20 @@ class WarpRows {
     }
   }
 
-  // Weights p, and w as kOne + w; gives all bits of these.
+  // Weights p, and w as kOne + w; gives all bits of these. w is p * v_scale rounded down after an addition in [0, 1) that
+  // goes round with the steps, in each lane of a row by another irrational part of a turn: many equal weights, as small as
+  // they may be, keep their sum, which rounding to the nearest would change by up to a half of each.
   __device__ uint32_t weights_of(const float (&y)[kTiles][4], const float (&v_scale)[kTiles][4], float (&p)[kTiles][4],
                                  uint32_t (&w)[kTiles][4]) const {
+    const uint32_t turn = uint32_t(steps_) * (0x4f1bbdu + uint32_t(q_) * 0x299135u) + uint32_t(q_) * 0x200000u;
+    const float addition = __uint_as_float((turn & 0x7fffff) | 0x3f800000);  // plus 1
     uint32_t bits = 0;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         p[t][i] = exp2_approx(y[t][i]);
-        w[t][i] = __float_as_uint(__fmaf_rn(p[t][i], v_scale[t][i], 0x1p23f));
+        w[t][i] = __float_as_uint(__fadd_rz(__fmaf_rn(p[t][i], v_scale[t][i], addition), 0x1p23f - 1));
         bits |= w[t][i];
       }
     }
@@ -921,33 +928,28 @@ class WarpRows {
   }
 
   // After 1, 2, 4 .. steps: whether weights are so small that their rounding shows, or sums too large; the next step does
-  // what is needed. Rounding adds an error of about sqrt(n / 12) to a sum of n values, if they are independent of size
-  // sqrt(sum of w^2), and at most n / 2 if they are not.
+  // what is needed. Rounding adds an error of about sqrt(n / 6) to a sum of n values, if they are independent of size
+  // sqrt(sum of w^2).
   __device__ void look(int number) {
     if (number >= states()[0].plain.x) plain_end_ = states()[0].plain.y;
-    if (steps_ >= first_look()) {
-      const uint32_t sum = row_weights();
-      const float size = recent_size(steps_ - 1);
-      if ((flags_ & kUnset) == 0) {
-        if (size < least_weight() - 2 && sum < kLargeSum && shows(sum)) flags_ |= fall_from(size);
-        if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_ |= kMove;
-      }
-    } else if (steps_ > 1) {
-      return;
-    }
-    squares_ *= kTrace;
+    if (steps_ < first_look()) return;
+    const uint32_t sum = row_weights();
+    const float size = recent_size(steps_ - 1);
+    if (is_precise()) squares_ *= kTrace;
+    if ((flags_ & kUnset) != 0) return;
+    if (size < least_weight() && sum < large_sum() && shows(sum)) flags_ |= fall_from(size);
+    if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_ |= kMove;
   }
 
-  // log2 of the root of the row's mean w^2 in the steps since the last look that was after at most `before` steps.
+  // log2 of the root of the row's mean w^2: of all steps, or since the last look that was after at most `before` of them.
   __device__ float recent_size(int before) const {
-    const int last = before < first_look() ? min(before, 1)
-                     : before < kMostSteps ? 1 << (31 - __clz(before))
-                                           : before & -kMostSteps;
+    int last = 0;
+    if (is_precise() && before > 0) last = before < kMostSteps ? 1 << (31 - __clz(before)) : before & -kMostSteps;
     const float steps = __fmaf_rn(float(last), 0.5f * kTrace, float(steps_ - last));
     const float keys = steps * float(kStepTiles * kTileTokens);
     return 0.5f * log2_approx(fmaxf(0.5f * row_sum(squares_), 1e-30f) * reciprocal_approx(keys));
   }
-  // Whether rounding of weights of the least size, all in one direction, could show in a sum.
+  // Whether weights of less than the least size have a part of the sum that matters.
   __device__ bool shows(uint32_t sum) const {
     return float(sum) < exp2_approx(least_weight()) * float(steps_ * kStepTiles * kTileTokens);
   }
@@ -958,25 +960,19 @@ class WarpRows {
 
   // How far above the largest of a step's weights, `most`, the reference of a row is to be that sees its first step: as far
   // as the largest of the `left` steps is expected from normal scores, but so that the mean square, which grows with the
-  // number of keys half as fast, is good. `faint`: log2 of the root of the mean square of weights below an eighth of
-  // `most`, by `most`; 0 if there is none.
-  __device__ float expected_rise(const float (&weight)[kTiles][4], float most, int left, float &faint) const {
-    float count = 0, mean = 0, square = 0, power = 0, faint_count = 0, faint_power = 0;
+  // number of keys half as fast, is good.
+  __device__ float expected_rise(const float (&weight)[kTiles][4], float most, int left) const {
+    float count = 0, mean = 0, square = 0, power = 0;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (weight[t][i] == kMinusInfinity) continue;
         const float below = weight[t][i] - most;
-        const float squared = exp2_approx(2 * below);
         count += 1, mean += below, square = __fmaf_rn(below, below, square);
-        power += squared;
-        if (below < -3) faint_count += 1, faint_power += squared;
+        power += exp2_approx(2 * below);
       }
     }
-    faint_count = row_sum(faint_count);
-    faint_power = row_sum(faint_power);
-    faint = faint_count == 0 ? 0.0f : 0.5f * log2_approx(fmaxf(faint_power, 1e-30f) * reciprocal_approx(faint_count));
     count = reciprocal_approx(fmaxf(row_sum(count), 1));
     mean = row_sum(mean) * count;
     square = row_sum(square) * count;
@@ -1007,12 +1003,8 @@ class WarpRows {
     unsigned next = 0;  // flags
     if (__any_sync(kAll, unset)) {
       most_score = row_max(most_score);
-      float faint;
-      const float expected = expected_rise(weight, most, left, faint);
-      if (unset && left > 1) {
-        above = expected + 1.1f;
-        if (16 - above + faint < kFirstFaint) next = fall_from(16 - above + faint);
-      }
+      const float expected = expected_rise(weight, most, left);
+      if (unset && left > 1) above = expected + 1.1f;
       if (unset && most == kMinusInfinity) most = most_score;  // no value, but a weight
     }
     int rise = 0, fall = -int(flags_ / kFall);
@@ -1028,14 +1020,16 @@ class WarpRows {
     }
     if (__any_sync(kAll, !unset && (rise != 0 || (flags_ & kMove) != 0))) {
       const int shift = unset ? 0 : rise;
-      const float size = recent_size(steps_) - float(shift);
+      if (is_precise()) {
+        const float size = recent_size(steps_) - float(shift);
+        if (shift > 0 && size < kFaint) next = fall_from(size);
+      }
       shift_sums(shift);
       sum = shift >= 32 ? 0 : shift >= 0 ? sum >> shift : sum << -shift;
       sum_ = shift > 126 ? 0.0f : sum_ * __int_as_float((127 - shift) << 23);
       weights_ = uint32_t(steps_) * (4 * kTiles * kOne);
       if (lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows) weights_ += sum;
       squares_ = shift > 60 ? 0.0f : squares_ * __int_as_float((127 - 2 * shift) << 23);
-      if (shift > 0 && size < kFaint && shows(sum)) next = fall_from(size);
     }
     shifted_ -= float(rise);
 #pragma unroll

@@ -121,6 +121,12 @@ inline float __fmaf_rz(float a, float b, float c) {
   const float nearest = float(sum);
   return fabs(double(nearest)) > fabs(sum) ? nextafterf(nearest, 0.0f) : nearest;
 }
+// Likewise, of numbers of one sign.
+inline float __fadd_rz(float a, float b) {
+  const double sum = double(a) + double(b);
+  const float nearest = float(sum);
+  return fabs(double(nearest)) > fabs(sum) ? nextafterf(nearest, 0.0f) : nearest;
+}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return uint32_t(uint64_t{a} * b >> 32);
 }
