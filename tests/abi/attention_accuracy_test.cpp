@@ -135,45 +135,14 @@ Tensors model_tensors(Random &random) {
   return tensors;
 }
 
-}  // namespace
+struct SinkShape {
+  int bits_k, bits_v, q_heads;
+  int32_t length, sink;
+  int q_len;
+};
 
-TEST_CASE("long contexts of a model's own tokens and of random ones", "[slow]") {
-  FRESH(random, "accuracy long");
-  for (const auto &[bits_k, bits_v] : {std::pair{4, 4}, {3, 3}, {2, 2}}) {
-    for (const bool real : {true, false}) {
-      Tensors tensors{2048, 8, {}, {}, {}};
-      if (real) {
-        tensors = model_tensors(random);
-      } else {  // logits spread by 2.5
-        tensors.k = encode_elements(normals(random, tensors.tokens * kKvHeads * kHeadDim, 2.5), TQ_TYPE_BF16);
-        tensors.v = encode_elements(normals(random, tensors.tokens * kKvHeads * kHeadDim), TQ_TYPE_BF16);
-        tensors.q = encode_elements(normals(random, tensors.q_heads * kHeadDim), TQ_TYPE_BF16);
-      }
-      Accuracy accuracy(random, targets()[0], bits_k, bits_v, tensors);
-      accuracy.add_sequence(kLongest);
-      accuracy.add_sequence(int32_t(random.integer(1, 8192)));
-      const oracle::Attention want = accuracy.expect();
-      INFO((real ? "a model's" : "random"));
-      for (const Target &target : targets()) accuracy.check(target, want);
-    }
-  }
-}
-
-TEST_CASE("a sink with most of the weight over a flat tail", "[slow]") {
-  FRESH(random, "accuracy sink");
-  struct Shape {
-    int bits_k, bits_v, q_heads;
-    int32_t length, sink;
-    int q_len;
-  };
-  const int32_t anywhere = int32_t(random.integer(0, 4095)) / kBlock * kBlock;
-  for (const Shape &shape : {Shape{4, 4, 8, kLongest, 0, 1},
-                             {2, 2, 16, kLongest, 0, 1},
-                             {3, 3, 8, kLongest, 1 << 16, 1},
-                             {4, 4, 16, 4096, anywhere, 1},
-                             {2, 2, 8, 4096, anywhere, 1},
-                             {4, 4, 8, 8192, 0, 33},
-                             {2, 2, 8, 300, 0, 1}}) {
+void check_sinks(Random &random, const std::vector<SinkShape> &shapes) {
+  for (const SinkShape &shape : shapes) {
     // Queries along one direction, that of the first key; all others are almost zero. Values around one in common.
     Tensors tensors{1024, shape.q_heads, {}, {}, {}};
     const std::vector<double> direction = normals(random, kHeadDim), common = normals(random, kHeadDim);
@@ -205,4 +174,42 @@ TEST_CASE("a sink with most of the weight over a flat tail", "[slow]") {
     }
     for (const Target &target : targets()) accuracy.check(target, want);
   }
+}
+
+}  // namespace
+
+TEST_CASE("long contexts of a model's own tokens and of random ones", "[slow]") {
+  FRESH(random, "accuracy long");
+  for (const auto &[bits_k, bits_v] : {std::pair{4, 4}, {3, 3}, {2, 2}}) {
+    for (const bool real : {true, false}) {
+      Tensors tensors{2048, 8, {}, {}, {}};
+      if (real) {
+        tensors = model_tensors(random);
+      } else {  // logits spread by 2.5
+        tensors.k = encode_elements(normals(random, tensors.tokens * kKvHeads * kHeadDim, 2.5), TQ_TYPE_BF16);
+        tensors.v = encode_elements(normals(random, tensors.tokens * kKvHeads * kHeadDim), TQ_TYPE_BF16);
+        tensors.q = encode_elements(normals(random, tensors.q_heads * kHeadDim), TQ_TYPE_BF16);
+      }
+      Accuracy accuracy(random, targets()[0], bits_k, bits_v, tensors);
+      accuracy.add_sequence(kLongest);
+      accuracy.add_sequence(int32_t(random.integer(1, 8192)));
+      const oracle::Attention want = accuracy.expect();
+      INFO((real ? "a model's" : "random"));
+      for (const Target &target : targets()) accuracy.check(target, want);
+    }
+  }
+}
+
+TEST_CASE("a sink with most of the weight over a flat tail") {
+  FRESH(random, "accuracy sink");
+  const int32_t anywhere = int32_t(random.integer(0, 4095)) / kBlock * kBlock;
+  check_sinks(random, {{4, 4, 16, 4096, anywhere, 1}, {2, 2, 8, 4096, anywhere, 1}, {2, 2, 8, 300, 0, 1}});
+}
+
+TEST_CASE("a sink with most of the weight over a long flat tail, and many rows", "[slow]") {
+  FRESH(random, "accuracy long sink");
+  check_sinks(random, {{4, 4, 8, kLongest, 0, 1},
+                       {2, 2, 16, kLongest, 0, 1},
+                       {3, 3, 8, kLongest, kLongest / 2, 1},
+                       {4, 4, 8, 8192, 0, 33}});
 }
