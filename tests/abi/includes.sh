@@ -29,7 +29,7 @@ check src/metrics metrics
 check src/plan plan metrics codec runtime
 check src/api api attention cache codec plan runtime
 check src/cli cli metrics
-check bench bench
+check bench bench cli  # reads the same files
 check tests/abi
 check tests/emulation abi codec emulation kernels
 check tests/consume
