@@ -85,11 +85,13 @@ struct Pool {
   }
   int64_t blocks() const { return kPoolTokens / key.block_tokens; }
 
-  // Where the pool's tokens are: one after the other in blocks in random order, which sequences have in this order.
-  std::vector<int64_t> slots_of(int64_t tokens) const {
+  // Where the pool's tokens are: one after the other in blocks in random order, which sequences have in this order; those
+  // of exact pages from slot 0 on.
+  std::vector<int64_t> slots_of(int64_t tokens, bool exact) const {
     std::vector<int64_t> slots;
     for (int64_t i = 0; i < tokens; ++i) {
-      slots.push_back(int64_t{order[size_t(i / key.block_tokens)]} * key.block_tokens + i % key.block_tokens);
+      const int64_t block = i / key.block_tokens;
+      slots.push_back(exact ? i : order[size_t(block)] * int64_t{key.block_tokens} + i % key.block_tokens);
     }
     return slots;
   }
@@ -102,10 +104,7 @@ struct Pool {
   void store(const tq_pages &pages, bool exact, int64_t tokens, const Buffer &dense) const {
     const int64_t row = int64_t{key.kv_heads} * key.head_dim;
     if (4 * row * kChunkTokens > kDenseBytes) throw std::runtime_error("the buffer of dense keys is too small");
-    std::vector<int64_t> host(size_t(tokens), 0);
-    std::iota(host.begin(), host.end(), 0);
-    if (!exact) host = slots_of(tokens);
-    const Buffer slots(host), unused(std::vector<int64_t>(size_t(exact ? kChunkTokens : 0), -1));
+    const Buffer slots(slots_of(tokens, exact)), unused(std::vector<int64_t>(size_t(exact ? kChunkTokens : 0), -1));
     size_t workspace_bytes = 0;
     expect(tq_cache_workspace(codec.get(), kChunkTokens, &workspace_bytes));
     const Buffer workspace(workspace_bytes);
@@ -154,7 +153,7 @@ struct Pool {
   std::vector<float> decoded_keys() const {
     const int64_t tokens = key.tensors->tokens;
     std::vector<float> keys(size_t(tokens * key.kv_heads * key.head_dim));
-    const Buffer slots(slots_of(tokens)), out(keys.size() * sizeof(float));
+    const Buffer slots(slots_of(tokens, false)), out(keys.size() * sizeof(float));
     const tq_pages pages = pages_of(layout, memory.get(), blocks());
     auto args = sized<tq_load_args>();
     args.output_type = TQ_TYPE_F32;

@@ -79,13 +79,8 @@ class Accuracy {
       call_.args.out_type = type;
       const AttentionRun got = run(target, codec.get(), call_, kHeadDim);
       REQUIRE(got.status == TQ_OK);
-      double error = 0, square = 0;
-      for (size_t i = 0; i < want.out.size(); ++i) {
-        error += std::pow(got.out[i] - want.out[i], 2);
-        square += std::pow(want.out[i], 2);
-      }
       INFO(target.name << " K" << bits_k_ << "V" << bits_v_ << " length " << call_.lengths[0] << " type " << type);
-      CHECK(std::sqrt(error / square) <= most);
+      CHECK(relative_error(want.out, got.out.data()) <= most);
     }
   }
 

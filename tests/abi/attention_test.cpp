@@ -141,14 +141,10 @@ TEST_CASE("lengths around the edges, and bad ones") {
       good->call.q.assign(scenario->call.q.begin() + 6 * 3 * 64 * 4, scenario->call.q.begin() + 7 * 3 * 64 * 4);
       const AttentionRun single = good->run_on(target);
       REQUIRE(single.status == TQ_OK);
-      double error = 0, size = 0;
-      for (size_t i = 0; i < single.out.size(); ++i) {
-        error += std::pow(single.out[i] - got.out[6 * 3 * 64 + i], 2), size += std::pow(single.out[i], 2);
-      }
       // On CUDA weights are rounded to 16 bits, after a factor that depends on the keys before them: both calls are within
       // the tolerance of what is exact.
       const double most = target.device->kind() == TQ_DEVICE_CUDA ? 2 * attention_tolerance(target) : 1e-6;
-      CHECK(std::sqrt(error) <= most * std::sqrt(size));
+      CHECK(relative_error(single.out, got.out.data() + 6 * 3 * 64) <= most);
     }
   }
 }
@@ -239,14 +235,10 @@ TEST_CASE("without a fixed split size neighbours change at most rounding") {
     s.call.args.num_tokens = 1;
     s.call.args.table_columns = columns;
     const AttentionRun alone = s.run_on(target);
-    double error = 0, size = 0;
-    for (size_t i = 0; i < alone.out.size(); ++i) {
-      error += std::pow(alone.out[i] - all.out[i], 2), size += std::pow(alone.out[i], 2);
-    }
     INFO(target.name);
     // As above.
     const double most = target.device->kind() == TQ_DEVICE_CUDA ? 2 * attention_tolerance(target) : 1e-6;
-    CHECK(std::sqrt(error) <= most * std::sqrt(size));
+    CHECK(relative_error(alone.out, all.out.data()) <= most);
   }
 }
 
@@ -282,11 +274,7 @@ TEST_CASE("the key offset restores the original logits") {
         return row;
       };
       const oracle::Attention exact = expected(*s.reader, s.call, original);
-      double error = 0, size = 0;
-      for (size_t i = 0; i < exact.out.size(); ++i) {
-        error += std::pow(exact.out[i] - got.out[i], 2), size += std::pow(exact.out[i], 2);
-      }
-      return std::sqrt(error / size);
+      return relative_error(exact.out, got.out.data());
     };
     const double with = error_with(true), without = error_with(false);
     INFO(target.name << " relative error " << with << " with, " << without << " without");

@@ -209,6 +209,15 @@ std::vector<double> normals(Random &random, int64_t count, double sigma) {
   return values;
 }
 
+double relative_error(const std::vector<double> &want, const double *got) {
+  double error = 0, square = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    error += (got[i] - want[i]) * (got[i] - want[i]);
+    square += want[i] * want[i];
+  }
+  return std::sqrt(error / square);
+}
+
 Encoded encode(const Target &target, const tq_codec *codec, int32_t side, const std::vector<uint8_t> &input,
                int32_t type) {
   const tq_codec_info info = info_of(codec);

@@ -75,6 +75,8 @@ std::vector<float> random_orthogonal(Random &random, int n);
 std::vector<uint8_t> encode_elements(const std::vector<double> &values, int32_t type);
 std::vector<double> decode_elements(const void *data, int32_t type, int64_t count);
 std::vector<double> normals(Random &random, int64_t count, double sigma = 1);
+// |got - want| / |want|, of as many as `want` has.
+double relative_error(const std::vector<double> &want, const double *got);
 
 struct Encoded {
   std::vector<uint8_t> codes, scales;  // densely packed
