@@ -8,10 +8,10 @@
 // steps of the list are numbered through: step n is in stage n % stages. Amid step n one of the team's warps, each in its
 // turn, waits until all have left step n + ahead - stages and copies step n + ahead over it.
 //
-// WARP. Lane = 4 g + q, as in operands.cuh. Row r of an item is a query. With kBlocks = 1 there are 4: rows g and g + 4 of
-// the scores are the same query, so lanes with g < 4 weigh the step's first tile and the others its second. With 2 there
-// are 8, and a lane weighs both tiles. A step goes: scores (16-bit queries as two bytes), weights p = 2^(x - ref), products
-// w = p * v_scale rounded to 16 bits, as two bytes again, and sums of w * level in integers.
+// WARP. Lane = 4 g + q, as in operands.cuh. Row r of an item is a query: with kBlocks = 1 there are 4, with 2 there are 8. A
+// lane has row q, or rows q and 4 + q, and of each of the step's tiles two tokens. A step goes: scores (16-bit queries as
+// two bytes), weights p = 2^(x - ref), products w = p * v_scale rounded to 16 bits, as two bytes again, and sums of
+// w * level in integers, of which a lane has both bytes of its rows.
 //
 // SCALE OF WEIGHTS. ref is a row's, chosen by the distribution of a step's weights so that few later ones pass 2^16. When
 // one does, or weights become so small on average that their rounding would show, ref moves by a whole number and the sums
@@ -30,7 +30,7 @@ namespace tqkv::cuda {
 
 inline constexpr int kStepTiles = 2;
 inline constexpr int kMostSteps = 512;  // a power of two; a step past its multiples low sums are carried to high ones
-inline constexpr int kMaxItems = 16, kMaxStages = 64, kMostWarps = 16;
+inline constexpr int kMaxItems = 16, kMaxStages = 32, kMostWarps = 16;
 // Steps whose places are looked up at a time, a lane a tile, and kept.
 inline constexpr int kBatch = 32 / kStepTiles, kTable = 4 * kBatch;
 inline constexpr int kMostTeamStages = kBatch - 4;       // those of steps that are looked up in time
@@ -69,7 +69,6 @@ struct RowState {
   float offset;  // QueryRow's; -infinity: there is no such row
   float slope;
   int32_t position, low, high;  // keys [low, high) of the item are visible
-  int2 plain;                   // of the first row: tiles [x, y) that all rows see, with nothing to adjust
 };
 
 struct AttentionShared {
@@ -77,6 +76,7 @@ struct AttentionShared {
   ListedItem items[kMaxItems];
   int32_t num_items, listed_before, more;  // of the block's items
   int32_t current[kMostWarps];             // the item that a warp is at
+  int2 plain[kMostWarps];                  // tiles [x, y) that all of a warp's rows see, with nothing to adjust
   // Of list_items().
   uint64_t sums[kMostWarps];
   uint32_t first_segment, last_segment;
@@ -378,26 +378,73 @@ __device__ __forceinline__ void unrolled(Body &&body) {
   (std::make_integer_sequence<int, kCount>{});
 }
 
+// Operands B of a lane: of rows 4 b + q of a warp, high bytes in even columns and low ones in odd.
+template <int kBlocks, int kSteps>
+using Queries = uint32_t[kBlocks][kSteps][2];
+
+// Of a lane's rows and its two tokens of each tile.
+template <int kBlocks>
+using Scores = uint32_t[kBlocks][kStepTiles][2];
+
 // K of one kind, and of a kind that the call names.
-template <int kBits, int kDim, bool kUniform>
+template <int kBits, int kDim, bool kUniform, bool kTogetherTokens>
 struct FixedK {
   using Codes = KCodes<kBits, kDim, kUniform>;
   static constexpr int kSteps = Codes::kSteps;
+  static constexpr bool kTogether = kTogetherTokens;
 
-  // The scores of the tile's tokens.
-  __device__ static void score(const AttentionCall &call, const uint8_t *codes, int g, int q,
-                               const uint32_t (&a)[kSteps][4], int32_t (&c)[2][4]) {
+  // Of the lane's rows and its two tokens of two tiles, tile_bytes apart; modulo 2^32.
+  template <int kBlocks>
+  __device__ static void score(const AttentionCall &call, const uint8_t *codes, int tile_bytes, int g, int q,
+                               const Queries<kBlocks, kSteps> &queries, Scores<kBlocks> &scores) {
+    Codes loaded[kStepTiles][2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      Codes k;
-      uint32_t b[kSteps][2];
-      Codes::load(k, codes, k_token(j, g), q);
-      Codes::expand(k, {call.k_levels[0], call.k_levels[1]}, q, b);
+    for (int t = 0; t < kStepTiles; ++t) {
 #pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        using Byte = std::conditional_t<kUniform, uint8_t, int8_t>;
-        if (s == 0) mma_m16n8k32<int8_t, Byte>(c[j], a[s], b[s], {});
-        if (s != 0) mma_m16n8k32<int8_t, Byte>(c[j], a[s], b[s], c[j]);
+      for (int i = 0; i < 2; ++i) {
+        Codes::load(loaded[t][i], codes + t * tile_bytes, k_token<kTogether>(i, g), q);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kStepTiles; ++t) multiply(call, loaded[t], q, queries, t, scores);
+  }
+
+  template <int kBlocks>
+  __device__ static void multiply(const AttentionCall &call, const Codes (&loaded)[2], int q,
+                                  const Queries<kBlocks, kSteps> &queries, int t, Scores<kBlocks> &scores) {
+    using Byte = std::conditional_t<kUniform, uint8_t, int8_t>;
+    const LevelTable levels{call.k_levels[0], call.k_levels[1]};
+    uint32_t x[kSteps][2], y[kSteps][2];
+    Codes::expand(loaded[0], levels, q, x);
+    Codes::expand(loaded[1], levels, q, y);
+    // Uniform levels are 16 times as large in second registers, so two steps' first ones are a product, and their second
+    // ones another.
+    int32_t sums[kUniform ? 2 : 1][kBlocks][4] = {};
+#pragma unroll
+    for (int s = 0; s < kSteps; s += kUniform ? 2 : 1) {
+#pragma unroll
+      for (int part = 0; part < (kUniform ? 2 : 1); ++part) {
+        const auto half = [&](const auto(&of)[kSteps][2], int i) {
+          return !kUniform ? of[s][i] : s + i < kSteps ? of[min(s + i, kSteps - 1)][part] : 0;
+        };
+        const uint32_t left[4] = {half(x, 0), half(y, 0), half(x, 1), half(y, 1)};
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          const uint32_t right[2] = {half(queries[b], 0), half(queries[b], 1)};
+          int32_t(&sum)[4] = sums[part][b];
+          if (s == 0) mma_m16n8k32<Byte, int8_t>(sum, left, right, {});
+          if (s != 0) mma_m16n8k32<Byte, int8_t>(sum, left, right, sum);
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const auto both = [&](const auto &sum) { return 256 * uint32_t(sum[2 * i]) + uint32_t(sum[2 * i + 1]); };
+        uint32_t score = both(sums[0][b]);
+        if constexpr (kUniform) score = 16 * score + both(sums[1][b]);
+        scores[b][t][i] = score;
       }
     }
   }
@@ -405,69 +452,99 @@ struct FixedK {
 
 template <int kDim>
 struct AnyK {
-  static constexpr int kSteps = FixedK<4, kDim, false>::kSteps;
+  template <int kBits, bool kUniform = false>
+  using Fixed = FixedK<kBits, kDim, kUniform, true>;
+  static constexpr int kSteps = Fixed<4>::kSteps;
+  static constexpr bool kTogether = true;
 
-  __device__ static void score(const AttentionCall &call, const uint8_t *codes, int g, int q,
-                               const uint32_t (&a)[kSteps][4], int32_t (&c)[2][4]) {
-    if (call.k_uniform != 0) return FixedK<2, kDim, true>::score(call, codes, g, q, a, c);
-    if (call.k_bits == 2) return FixedK<2, kDim, false>::score(call, codes, g, q, a, c);
-    if (call.k_bits == 3) return FixedK<3, kDim, false>::score(call, codes, g, q, a, c);
-    if (call.k_bits == 4) return FixedK<4, kDim, false>::score(call, codes, g, q, a, c);
-    FixedK<8, kDim, false>::score(call, codes, g, q, a, c);
+  template <int kBlocks>
+  __device__ static void score(const AttentionCall &call, const uint8_t *codes, int tile_bytes, int g, int q,
+                               const Queries<kBlocks, kSteps> &queries, Scores<kBlocks> &scores) {
+    if (call.k_uniform != 0) return Fixed<2, true>::score(call, codes, tile_bytes, g, q, queries, scores);
+    if (call.k_bits == 2) return Fixed<2>::score(call, codes, tile_bytes, g, q, queries, scores);
+    if (call.k_bits == 3) return Fixed<3>::score(call, codes, tile_bytes, g, q, queries, scores);
+    if (call.k_bits == 4) return Fixed<4>::score(call, codes, tile_bytes, g, q, queries, scores);
+    Fixed<8>::score(call, codes, tile_bytes, g, q, queries, scores);
   }
 };
 
 // V of one kind. Weights are two bytes, and an instruction's 8 columns are shared:
-//   kBlocks = 1  columns 0 .. 3 are low bytes of four rows, columns 4 .. 7 high ones; both tiles of a step at once. Or, where
-//                levels come from a table (kPairs), which gives bytes by turns of two channels: columns 0 .. 3 have weights
-//                in even bytes, columns 4 .. 7 in odd ones; an instruction a tile and byte.
-//   kBlocks = 2  low bytes of eight rows, in another instruction high ones; both tiles at once.
+//   two columns a row, its low bytes and its high ones; both tiles of a step at once, and four rows. Or, where levels come
+//   from a table (kPairs, four rows at most), which gives bytes by turns of two channels: one column has weights in even
+//   bytes, the other in odd ones; an instruction a tile and byte.
 template <int kBits, int kDim, bool kUniform, int kBlocksOfRows>
 struct FixedV {
   using Codes = VCodes<kBits, kDim, kUniform>;
   using Byte = std::conditional_t<kUniform, uint8_t, int8_t>;
   static constexpr int kBlocks = kBlocksOfRows, kTiles = Codes::kTiles;
   static constexpr bool kPairs = kBlocks == 1 && !kUniform && kBits != 8;
-  // Whether a lane has either low or high sums; else those with an odd first index are the high ones.
-  static constexpr bool kEitherByte = kBlocks == 1 && !kPairs;
-  static constexpr int kColumns = kBlocks * kTiles;  // channels that a lane has of each of its two rows
-  static_assert(kBlocks == 2 || kTiles % 2 == 0);
+  static constexpr int kChannels = 2 * kTiles;  // that a lane has of each of its rows
+  static_assert(!kPairs || kTiles % 2 == 0);
 
-  using Sums = int32_t[kColumns][4];
-  struct Operands {
-    uint32_t word[kPairs ? 4 : kBlocks][2];  // kPairs: by tile and byte; else by byte
-  };
-
-  // `words`: 16-bit weights of the lane's tile, or tiles; `others`: of the lane that has the other tile.
-  template <int kOwn>
-  __device__ static Operands operands(const uint32_t (&words)[kOwn][2], const uint32_t (&others)[kOwn][2], bool upper) {
-    Operands to;
-#pragma unroll
-    for (int tile = 0; tile < kStepTiles; ++tile) {
-      const bool own = kOwn == kStepTiles || upper == (tile == 1);
-      const uint32_t first = own ? words[tile % kOwn][0] : others[tile % kOwn][0];
-      const uint32_t second = own ? words[tile % kOwn][1] : others[tile % kOwn][1];
-      if constexpr (kPairs) {
-        const uint32_t low = upper ? 0x2404 : 0x4240, high = upper ? 0x3414 : 0x4341;
-        to.word[2 * tile][0] = permute(first, 0, low), to.word[2 * tile][1] = permute(second, 0, low);
-        to.word[2 * tile + 1][0] = permute(first, 0, high), to.word[2 * tile + 1][1] = permute(second, 0, high);
-      } else if constexpr (kBlocks == 1) {
-        to.word[0][tile] = permute(first, second, upper ? 0x7531 : 0x6420);
-      } else {
-        to.word[0][tile] = permute(first, second, 0x6420);
-        to.word[1][tile] = permute(first, second, 0x7531);
-      }
-    }
-    return to;
+  // Low sums and high ones of (row, channel) are at low_of() and high_of().
+  using Sums = int32_t[kBlocks * kTiles][4];
+  template <class SumsOf>
+  __device__ static auto &low_of(SumsOf &sums, int block, int channel) {
+    if constexpr (kPairs) return sums[channel / 4 * 2][channel % 4];
+    return sums[kBlocks * (channel / 2) + block][channel % 2 * 2];
+  }
+  template <class SumsOf>
+  __device__ static auto &high_of(SumsOf &sums, int block, int channel) {
+    if constexpr (kPairs) return sums[channel / 4 * 2 + 1][channel % 4];
+    return sums[kBlocks * (channel / 2) + block][channel % 2 * 2 + 1];
   }
 
-  // Adds a step: V's codes of two tiles, tile_bytes apart.
+  // 16-bit weights of a row and a tile: of the lane's own two tokens, then of four tokens, as operands have them.
+  __device__ static uint32_t pack(uint32_t first, uint32_t second) {
+    return permute(first, second, kPairs ? 0x5410 : 0x5140);
+  }
+  struct Columns {
+    uint32_t word[kBlocks][kStepTiles][kPairs ? 2 : 1];
+  };
+  __device__ static Columns transpose(const uint32_t (&words)[kBlocks][kStepTiles]) {
+    Columns columns;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int t = 0; t < kStepTiles; ++t) {
+        const uint32_t word = words[b][t];
+        if constexpr (kPairs) {  // of a row's two columns both have all of it
+          columns.word[b][t][0] = transpose_halves(permute(word, 0, 0x1010));
+          columns.word[b][t][1] = transpose_halves(permute(word, 0, 0x3232));
+        } else {
+          columns.word[b][t][0] = transpose_halves(word);
+        }
+      }
+    }
+    return columns;
+  }
+
+  // V's codes of two tiles, tile_bytes apart. Loaded early where they are few.
+  static constexpr bool kEarly = !kPairs && Codes::kWords <= 4;
+  struct Loaded {
+    Codes tile[kEarly ? kStepTiles : 1];
+  };
+  __device__ static void load(const uint8_t *codes, int tile_bytes, int g, int q, Loaded &loaded) {
+    if constexpr (kEarly) {
+#pragma unroll
+      for (int t = 0; t < kStepTiles; ++t) Codes::load(loaded.tile[t], codes + t * tile_bytes, g, q);
+    }
+  }
+
+  // Adds a step.
   __device__ static void add(const AttentionCall &call, const uint8_t *codes, int tile_bytes, int g, int q,
-                             const Operands &weights, Sums &sums) {
+                             const Columns &weights, const Loaded &loaded, Sums &sums) {
     const LevelTable levels{call.v_levels[0], call.v_levels[1]};
     if constexpr (kPairs) {
+      const uint32_t selector[2] = {g % 2 != 0 ? 0x2404u : 0x4240u, g % 2 != 0 ? 0x3414u : 0x4341u};
 #pragma unroll
       for (int tile = 0; tile < kStepTiles; ++tile) {
+        uint32_t right[2][2];  // by byte
+#pragma unroll
+        for (int byte = 0; byte < 2; ++byte) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) right[byte][i] = permute(weights.word[0][tile][i], 0, selector[byte]);
+        }
         Codes v;
         uint32_t a[kTiles][2];
         Codes::load(v, codes + tile * tile_bytes, g, q);
@@ -478,15 +555,19 @@ struct FixedV {
 #pragma unroll
           for (int byte = 0; byte < 2; ++byte) {
             int32_t(&sum)[4] = sums[2 * n + byte];
-            mma_m16n8k32<Byte, uint8_t>(sum, left, weights.word[2 * tile + byte], sum);
+            mma_m16n8k32<Byte, uint8_t>(sum, left, right[byte], sum);
           }
         }
       }
     } else {
       Codes first, second;
       uint32_t a[kTiles][2], b[kTiles][2];
-      Codes::load(first, codes, g, q);
-      Codes::load(second, codes + tile_bytes, g, q);
+      if constexpr (kEarly) {
+        first = loaded.tile[0], second = loaded.tile[1];
+      } else {
+        Codes::load(first, codes, g, q);
+        Codes::load(second, codes + tile_bytes, g, q);
+      }
       Codes::template expand<false>(first, levels, g, a);
       Codes::template expand<false>(second, levels, g, b);
 #pragma unroll
@@ -494,63 +575,31 @@ struct FixedV {
         const uint32_t left[4] = {a[m][0], a[m][1], b[m][0], b[m][1]};
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block) {
+          const uint32_t right[2] = {weights.word[block][0][0], weights.word[block][1][0]};
           int32_t(&sum)[4] = sums[kBlocks * m + block];
-          mma_m16n8k32<Byte, uint8_t>(sum, left, weights.word[block], sum);
+          mma_m16n8k32<Byte, uint8_t>(sum, left, right, sum);
         }
       }
     }
   }
 
-  // Row i of the lane's two.
-  __device__ static int row_of(int q, int i) {
-    return kBlocks == 1 ? 2 * (q & 1) + i : 2 * q + i;
+  // Sums of w * level of a row, the sum of whose w is `weights`.
+  __device__ static void add_up(const AttentionCall &, const Sums &sums, int block, float weights,
+                                float (&levels)[kChannels]) {
+    unrolled<kChannels>([&](auto channel) {
+      const float bytes = __fmaf_rn(256.0f, float(high_of(sums, block, channel)), float(low_of(sums, block, channel)));
+      // level = 2 byte + 1, or 2 (byte >> shift) - 3
+      const float factor = kUniform ? 2.0f / float(1 << Codes::shift(channel / 2, channel % 2)) : 2.0f;
+      levels[channel] = __fmaf_rn(factor, bytes, kUniform ? -3.0f * weights : weights);
+    });
   }
 
-  // Sums of w * level of the lane's rows, the sums of whose w are weights[i].
-  __device__ static void add_up(const AttentionCall &, const Sums &sums, const float (&weights)[2], int q,
-                                float (&levels)[2][kColumns]) {
-    const bool upper = q >= 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      unrolled<kColumns>([&](auto index) {
-        constexpr int half = index % 2, kTile = index / 2;
-        const int column = 2 * half + i;
-        float bytes, factor = 2.0f;
-        if constexpr (kEitherByte) {  // of the two lanes one takes the first tiles, the other the last
-          constexpr int kUpperTile = kTile + kTiles / 2;
-          const int32_t here = upper ? sums[kUpperTile][column] : sums[kTile][column];
-          const int32_t there = __shfl_xor_sync(kAll, upper ? sums[kTile][column] : sums[kUpperTile][column], 2);
-          bytes = __fmaf_rn(256.0f, float(upper ? here : there), float(upper ? there : here));
-          if constexpr (kUniform) {
-            factor = upper ? 2.0f / float(1 << Codes::shift(kUpperTile, half))
-                           : 2.0f / float(1 << Codes::shift(kTile, half));
-          }
-        } else {
-          bytes = __fmaf_rn(256.0f, float(sums[2 * kTile + 1][column]), float(sums[2 * kTile][column]));
-          if constexpr (kUniform) factor = 2.0f / float(1 << Codes::shift(kTile, half));
-        }
-        // level = 2 byte + 1, or 2 (byte >> shift) - 3
-        levels[i][index] = __fmaf_rn(factor, bytes, kUniform ? -3.0f * weights[i] : weights[i]);
-      });
-    }
-  }
-
-  // set(index, channel) for the second index of those.
+  // set(index, channel) for the index of those.
   template <class Set>
-  __device__ static void for_each_channel(const AttentionCall &, int g, int q, Set &&set) {
-    const bool upper = q >= 2;
-    unrolled<kColumns>([&](auto index) {
-      if constexpr (kPairs) {
-        constexpr int kTile = index;
-        set(index, Codes::template channel_of<kTile>(upper, g));
-      } else if constexpr (kBlocks == 1) {
-        constexpr int kTile = index / 2, kUpperTile = kTile + kTiles / 2, half = index % 2;
-        set(index,
-            upper ? Codes::template channel_of<kUpperTile>(half, g) : Codes::template channel_of<kTile>(half, g));
-      } else {
-        constexpr int kTile = index / 2, half = index % 2;
-        set(index, Codes::template channel_of<kTile>(half, g));
-      }
+  __device__ static void for_each_channel(const AttentionCall &, int g, Set &&set) {
+    unrolled<kChannels>([&](auto channel) {
+      constexpr int kTile = channel / 2, half = channel % 2;
+      set(channel, Codes::template channel_of<kTile>(half, g));
     });
   }
 };
@@ -559,6 +608,8 @@ struct FixedV {
 template <int kDim>
 struct AnyV : FixedV<4, kDim, false, 2> {
   using Base = FixedV<4, kDim, false, 2>;
+  struct Loaded {};
+  __device__ static void load(const uint8_t *, int, int, int, Loaded &) {}
 
   // take(V of that kind)
   template <class Take>
@@ -571,22 +622,24 @@ struct AnyV : FixedV<4, kDim, false, 2> {
   }
 
   __device__ static void add(const AttentionCall &call, const uint8_t *codes, int tile_bytes, int g, int q,
-                             const typename Base::Operands &weights, typename Base::Sums &sums) {
+                             const typename Base::Columns &weights, const Loaded &, typename Base::Sums &sums) {
     choose(call, [&](auto v) {
       using V = decltype(v);
-      typename V::Operands same;
+      typename V::Columns same;
       std::memcpy(&same, &weights, sizeof same);
-      V::add(call, codes, tile_bytes, g, q, same, sums);
+      typename V::Loaded loaded;
+      V::load(codes, tile_bytes, g, q, loaded);
+      V::add(call, codes, tile_bytes, g, q, same, loaded, sums);
     });
   }
-  __device__ static void add_up(const AttentionCall &call, const typename Base::Sums &sums, const float (&weights)[2],
-                                int q, float (&levels)[2][Base::kColumns]) {
-    if (call.v_uniform != 0) return FixedV<2, kDim, true, 2>::add_up(call, sums, weights, q, levels);
-    Base::add_up(call, sums, weights, q, levels);  // the same for all others
+  __device__ static void add_up(const AttentionCall &call, const typename Base::Sums &sums, int block, float weights,
+                                float (&levels)[Base::kChannels]) {
+    if (call.v_uniform != 0) return FixedV<2, kDim, true, 2>::add_up(call, sums, block, weights, levels);
+    Base::add_up(call, sums, block, weights, levels);  // the same for all others
   }
   template <class Set>
-  __device__ static void for_each_channel(const AttentionCall &call, int g, int q, Set &&set) {
-    choose(call, [&](auto v) { decltype(v)::for_each_channel(call, g, q, set); });
+  __device__ static void for_each_channel(const AttentionCall &call, int g, Set &&set) {
+    choose(call, [&](auto v) { decltype(v)::for_each_channel(call, g, set); });
   }
 };
 
@@ -597,7 +650,7 @@ struct AttentionShape {
   static constexpr bool kAny = kAnyPages;  // scales of any type, blocks of any size
   static constexpr int kHeadDimV = kDimV;
   static constexpr int kBlocks = kBlocksOfRows, kRows = 4 * kBlocks;
-  static constexpr int kScratch = 2 * V::kColumns * 32;  // floats that a warp has
+  static constexpr int kScratch = kBlocks * V::kChannels * 32;  // floats that a warp has
   static constexpr int kWarps = attention_warps(kDimK, kDimV, kBlocks);
 };
 
@@ -624,7 +677,7 @@ __device__ __forceinline__ int2 describe_rows(const AttentionCall &call, const L
   const int row = lane_index();
   const int64_t at = row_at(call, listed, pack_head, row);
   int begin = INT32_MIN, end = INT32_MAX;
-  RowState state{kMinusInfinity, 0, 0, 0, 0, {0, 0}};
+  RowState state{kMinusInfinity, 0, 0, 0, 0};
   if (at >= 0) {
     state.position = position(call, sequence, item.token_block * call.block_tokens + row / call.block_heads);
     const KeyRange keys = visible_keys(call, sequence, state.position);
@@ -654,51 +707,60 @@ class WarpRows {
  public:
   using K = typename Shape::K;
   using V = typename Shape::V;
-  static constexpr int kBlocks = Shape::kBlocks;
-  static constexpr int kTiles = kBlocks;  // of a step that a lane weighs: its own, or both
-  static_assert(kStepTiles == 2);
+  static constexpr int kBlocks = Shape::kBlocks;  // and rows that a lane has
+  static constexpr int kKeys = 2;                 // of a tile that a lane has
 
-  // `states`: of all warps.
-  __device__ WarpRows(const AttentionCall &call, RowState *states)
-      : call_(call), all_states_(states), g_(lane_index() / 4), q_(lane_index() % 4) {}
+  // `states`, `plain`: of all warps.
+  __device__ WarpRows(const AttentionCall &call, RowState *states, int2 *plain)
+      : call_(call), all_states_(states), all_plain_(plain), g_(lane_index() / 4), q_(lane_index() % 4) {}
 
   // Loads the queries of an item's rows; begin() comes next.
   __device__ __forceinline__ void load(const ListedItem &listed, int pack_head) {
     // What is seldom needed is computed anew where registers are few.
     const int g = kBlocks == 1 ? g_ : lane_now() / 4;
-    const int64_t at = row_at(call_, listed, pack_head, g % Shape::kRows);
-    int4 query = make_int4(0, __float_as_int(kMinusInfinity), 0, 0);
-    const uint8_t *bytes = call_.query_operands + at * 2 * call_.operand_bytes + q_ * 16 * K::kSteps;
-    if (at >= 0) query = reinterpret_cast<const int4 *>(call_.query_rows)[at];
 #pragma unroll
-    for (int s = 0; s < K::kSteps; ++s) {
-      uint4 word = make_uint4(0, 0, 0, 0);
-      if (at >= 0) word = *reinterpret_cast<const uint4 *>(bytes + 16 * s);
-      a_[s][0] = word.x, a_[s][1] = word.y, a_[s][2] = word.z, a_[s][3] = word.w;
+    for (int b = 0; b < kBlocks; ++b) {
+      const int64_t at = row_at(call_, listed, pack_head, 4 * b + g / 2);  // of the lane's column
+      int4 query = make_int4(0, __float_as_int(kMinusInfinity), 0, 0);
+      const uint8_t *bytes = call_.query_operands + at * 2 * call_.operand_bytes + q_ * 16 * K::kSteps;
+      if (at >= 0) query = reinterpret_cast<const int4 *>(call_.query_rows)[at];
+#pragma unroll
+      for (int s = 0; s < K::kSteps; ++s) {
+        uint4 word = make_uint4(0, 0, 0, 0);
+        if (at >= 0) word = *reinterpret_cast<const uint4 *>(bytes + 16 * s);
+        queries_[b][s][0] = g % 2 == 0 ? word.x : word.y;
+        queries_[b][s][1] = g % 2 == 0 ? word.z : word.w;
+      }
+      const int bias = int(256 * uint32_t(query.z) + uint32_t(query.w)), column = 8 * (lane_now() % 4);
+      gain_[b] = __int_as_float(__shfl_sync(kAll, query.x, column));
+      shifted_[b] = __int_as_float(__shfl_sync(kAll, query.y, column));
+      bias_[b] = float(__shfl_sync(kAll, bias, column));
     }
-    gain_ = __int_as_float(query.x), shifted_ = __int_as_float(query.y);
-    bias_ = float(int32_t(256 * uint32_t(query.z) + uint32_t(query.w)));
   }
 
   // `number`: of the first tile.
   __device__ void begin(const ListedItem &listed, int pack_head, int number) {
     const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states());
     plain_end_ = number >= plain.x ? plain.y : 0;
-    if (call_.soft_cap > 0) gain_ = fminf(gain_ * call_.cap_factor, 0x1p90f);  // times sums still finite
-    bias_ *= gain_;
 #pragma unroll
-    for (int n = 0; n < V::kColumns; ++n) {
+    for (int n = 0; n < kBlocks * V::kTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums_[n][i] = 0;
     }
-    sum_ = 0;
-    weights_ = 0;
-    squares_ = 0;
-    if (lane_index() % 4 == 0 && lane_index() / 4 < Shape::kRows) row().offset = shifted_;
-    if (lane_index() == 0) states()[0].plain = plain;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      if (call_.soft_cap > 0) gain_[b] = fminf(gain_[b] * call_.cap_factor, 0x1p90f);  // times sums still finite
+      bias_[b] *= gain_[b];
+      sum_[b] = 0;
+      weights_[b] = 0;
+      squares_[b] = 0;
+      flags_[b] = kUnset;
+      if (lane_index() < 4) row(b).offset = shifted_[b];
+    }
+    if (lane_index() == 0) all_plain_[thread_index_now() / 32] = plain;
     __syncwarp();
-    flags_ = kUnset;
     steps_ = 0;
+    next_look_ = 1;
   }
 
   // Takes a step: tiles at `codes` and `tile_bytes` after, `number` and the next in their sequence. `exact`: tokens that are
@@ -707,42 +769,39 @@ class WarpRows {
   template <class Between>
   __device__ __forceinline__ void take(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
                                        int left, Between &&between) {
-    uint32_t words[kTiles][2];  // 16-bit weights of the lane's keys
+    uint32_t words[kBlocks][kStepTiles];  // 16-bit weights of the lane's keys
     weigh(codes, tile_bytes, number, exact, left, words);
+    const uint8_t *v_codes = codes + call_.pool.v_codes;
+    typename V::Loaded loaded;
+    V::load(v_codes, tile_bytes, g_, q_, loaded);
+    const typename V::Columns columns = V::transpose(words);
     between();
-    uint32_t others[kTiles][2] = {};  // of the lane that has the other tile
-    if constexpr (kBlocks == 1) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) others[0][i] = __shfl_xor_sync(kAll, words[0][i], 16);
-    }
-    V::add(call_, codes + call_.pool.v_codes, tile_bytes, g_, q_, V::operands(words, others, g_ >= 4), sums_);
+    V::add(call_, v_codes, tile_bytes, g_, q_, columns, loaded, sums_);
   }
 
-  // Of the lane's row.
-  __device__ RowEnd end() const {
-    const float sum = row_sum(sum_);
-    const bool set = (flags_ & kUnset) == 0 && sum != 0;
-    return {set ? row().offset - shifted_ : kMinusInfinity, sum};
+  // Of the lane's row 4 b + q.
+  __device__ RowEnd end(int b) const {
+    const float sum = row_sum(sum_[b]);
+    const bool set = (flags_[b] & kUnset) == 0 && sum != 0;
+    return {set ? row(b).offset - shifted_[b] : kMinusInfinity, sum};
   }
 
   // The lane's sums of w * level, see FixedV.
-  __device__ void add_up(float (&levels)[2][V::kColumns]) const {
-    const float own = float(row_weights());
-    float weights[2];
+  __device__ void add_up(float (&levels)[kBlocks][V::kChannels]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) weights[i] = __shfl_sync(kAll, own, 4 * row_of(i));
-    V::add_up(call_, sums_, weights, lane_now() % 4, levels);
+    for (int b = 0; b < kBlocks; ++b) V::add_up(call_, sums_, b, float(row_weights(b, steps_)), levels[b]);
   }
   template <class Set>
   __device__ void for_each_channel(Set &&set) const {
-    V::for_each_channel(call_, lane_now() / 4, lane_now() % 4, set);
+    V::for_each_channel(call_, lane_now() / 4, set);
   }
-  __device__ static int row_of(int i) {
-    return V::row_of(lane_now() % 4, i);
+  __device__ static int row_of(int b) {
+    return 4 * b + lane_now() % 4;
   }
 
  private:
   static constexpr uint32_t kOne = 0x4b000000;  // 2^23: integers are a float's low bits
+  static constexpr int kLaneKeys = kStepTiles * kKeys, kRowKeys = kStepTiles * kTileTokens;  // of a row and step
   // The row's reference is not chosen yet, or the row does not exist; it is to be moved, and from kFall on: how far down.
   static constexpr unsigned kUnset = 1, kMove = 2, kFall = 4;
   // log2 of what the root of the mean w^2 is not left below, where rounding adds 1 / (sqrt(6) * 2350) = 1.7e-4 to the root
@@ -770,120 +829,140 @@ class WarpRows {
   // (log2) falls again in the next step.
   static constexpr float kTrace = 0x1p-14f, kFaint = 5.0f;
 
-  __device__ RowState &row() const {
-    return states()[lane_now() / 4 % Shape::kRows];
+  __device__ RowState &row(int b) const {
+    return states()[row_of(b)];
   }
 
   // Of all lanes that have keys of the row.
   template <class Number>
   __device__ static Number row_sum(Number x) {
-    x += __shfl_xor_sync(kAll, x, 1);
-    x += __shfl_xor_sync(kAll, x, 2);
-    if constexpr (kBlocks == 1) x += __shfl_xor_sync(kAll, x, 16);
+    x += __shfl_xor_sync(kAll, x, 4);
+    x += __shfl_xor_sync(kAll, x, 8);
+    x += __shfl_xor_sync(kAll, x, 16);
     return x;
   }
   __device__ static float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-    x = fmaxf(x, __shfl_xor_sync(kAll, x, 2));
-    if constexpr (kBlocks == 1) x = fmaxf(x, __shfl_xor_sync(kAll, x, 16));
+    x = fmaxf(x, __shfl_xor_sync(kAll, x, 4));
+    x = fmaxf(x, __shfl_xor_sync(kAll, x, 8));
+    x = fmaxf(x, __shfl_xor_sync(kAll, x, 16));
     return x;
   }
 
   // The sum of the row's weights.
-  __device__ uint32_t row_weights() const {
-    return row_sum(weights_ - uint32_t(steps_) * (4 * kTiles * kOne));
+  __device__ uint32_t row_weights(int b, int steps) const {
+    return row_sum(weights_[b] - uint32_t(steps) * (kLaneKeys * kOne));
   }
 
-  // The scores of tokens 4 q .. 4 q + 3 of a tile without the bias, integers modulo 2^32.
-  __device__ void score(const uint8_t *codes, uint32_t (&scores)[4]) const {
-    int32_t c[2][4];
-    K::score(call_, codes, g_, q_, a_, c);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) scores[i] = 256 * uint32_t(c[i >> 1][i & 1]) + uint32_t(c[i >> 1][2 + (i & 1)]);
-  }
-
-  __device__ void load_scales(const uint8_t *scales, int type, float (&scale)[4]) const {
+  // Of the lane's keys of a tile.
+  __device__ void load_scales(const uint8_t *scales, int type, float (&scale)[kKeys]) const {
     if (Shape::kAny && type == TQ_TYPE_F32) {
-      const float4 v = *reinterpret_cast<const float4 *>(scales + 16 * q_);
-      scale[0] = v.x, scale[1] = v.y, scale[2] = v.z, scale[3] = v.w;
+      static_assert(!Shape::kAny || K::kTogether);
+      const float2 v = *reinterpret_cast<const float2 *>(scales + 8 * g_);
+      scale[0] = v.x, scale[1] = v.y;
+    } else if constexpr (K::kTogether) {
+      f32_pair_from_f16(*reinterpret_cast<const uint32_t *>(scales + 4 * g_), scale[0], scale[1]);
     } else {
-      const uint2 v = *reinterpret_cast<const uint2 *>(scales + 8 * q_);
-      f32_pair_from_f16(v.x, scale[0], scale[1]);
-      f32_pair_from_f16(v.y, scale[2], scale[3]);
+      const uint2 v = *reinterpret_cast<const uint2 *>(scales + 8 * (g_ / 2));
+      f32_pair_from_f16(permute(v.x, v.y, g_ % 2 != 0 ? 0x7632 : 0x5410), scale[0], scale[1]);
     }
   }
 
   __device__ __forceinline__ void weigh(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
-                                        int left, uint32_t (&words)[kTiles][2]) {
-    uint32_t parts[kStepTiles][4];
-    score(codes, parts[0]);
-    score(codes + tile_bytes, parts[1]);
-    const bool upper = g_ >= 4;
-    float scores[kTiles][4];  // times gain
+                                        int left, uint32_t (&words)[kBlocks][kStepTiles]) {
+    ++steps_;
+    Scores<kBlocks> integers;
+    K::score(call_, codes, tile_bytes, g_, q_, queries_, integers);
+    float scores[kBlocks][kStepTiles][kKeys];  // times gain
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+    for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[t][i] = __fmaf_rn(float(int32_t(kBlocks == 1 && upper ? parts[1][i] : parts[t][i])), gain_, bias_);
+      for (int t = 0; t < kStepTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+          scores[b][t][i] = __fmaf_rn(float(int32_t(integers[b][t][i])), gain_[b], bias_[b]);
+        }
       }
     }
-    float k_scale[kTiles][4], v_scale[kTiles][4], y[kTiles][4];  // y: log2 of the weight p
+    float k_scale[kStepTiles][kKeys], v_scale[kStepTiles][kKeys];
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const uint8_t *tile = codes + (kBlocks == 1 ? (upper ? tile_bytes : 0) : t * tile_bytes);
+    for (int t = 0; t < kStepTiles; ++t) {
+      const uint8_t *tile = codes + t * tile_bytes;
       load_scales(tile + call_.pool.k_scales, call_.k_scale_type, k_scale[t]);
       load_scales(tile + call_.pool.v_scales, call_.v_scale_type, v_scale[t]);
     }
+    float y[kBlocks][kStepTiles][kKeys];  // log2 of the weight p
     if (number + kStepTiles <= plain_end_) {
       if (call_.soft_cap > 0) {
-        const float offset = row().offset, start = offset * call_.cap_factor,
-                    end = call_.cap_log2 + (shifted_ - offset);
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
+        for (int b = 0; b < kBlocks; ++b) {
+          const float offset = row(b).offset, start = offset * call_.cap_factor,
+                      end = call_.cap_log2 + (shifted_[b] - offset);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            y[t][i] = cap(__fmaf_rn(scores[t][i], k_scale[t][i], start), end);
+          for (int t = 0; t < kStepTiles; ++t) {
+#pragma unroll
+            for (int i = 0; i < kKeys; ++i) {
+              y[b][t][i] = cap(__fmaf_rn(scores[b][t][i], k_scale[t][i], start), end);
+            }
           }
         }
       } else {
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
+        for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) y[t][i] = __fmaf_rn(scores[t][i], k_scale[t][i], shifted_);
+          for (int t = 0; t < kStepTiles; ++t) {
+#pragma unroll
+            for (int i = 0; i < kKeys; ++i) {
+              y[b][t][i] = __fmaf_rn(scores[b][t][i], k_scale[t][i], shifted_[b]);
+            }
+          }
         }
       }
     } else {
+      adjust(scores, k_scale, number, exact, y, v_scale);
+    }
+    float p[kBlocks][kStepTiles][kKeys];
+    uint32_t w[kBlocks][kStepTiles][kKeys], bits[kBlocks];
+    weights_of(y, v_scale, p, w, bits);
+    bool moves[kBlocks], any = false;
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        const int tile = kBlocks == 1 ? (upper ? 1 : 0) : t;
-        adjust(scores[t], k_scale[t], (number + tile) * kTileTokens + 4 * q_, unsigned(exact[tile]) >> (4 * q_), y[t],
-               v_scale[t]);
+    for (int b = 0; b < kBlocks; ++b) {
+      moves[b] = (bits[b] & 0xffff0000) != kOne || flags_[b] != 0;
+      any = any || moves[b];
+    }
+    if (__any_sync(kAll, any)) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        if (kBlocks == 1 || __any_sync(kAll, moves[b])) move_reference(b, v_scale, left, y[b]);
+      }
+      weights_of(y, v_scale, p, w, bits);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int t = 0; t < kStepTiles; ++t) {
+#pragma unroll
+          for (int i = 0; i < kKeys; ++i) w[b][t][i] = min(max(w[b][t][i], kOne), kOne + 0xffff);
+        }
+        bits[b] = kOne | (bits[b] & 0xffff);
       }
     }
-    float p[kTiles][4];
-    uint32_t w[kTiles][4];
-    uint32_t bits = weights_of(y, v_scale, p, w);
-    const bool over = (bits & 0xffff0000) != kOne;
-    if (__any_sync(kAll, over || flags_ != 0)) {
-      move_references(v_scale, left, y);
-      bits = weights_of(y, v_scale, p, w);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
+    for (int b = 0; b < kBlocks; ++b) {
+      sum_[b] += (p[b][0][0] + p[b][0][1]) + (p[b][1][0] + p[b][1][1]);
+      weights_[b] += w[b][0][0] + w[b][0][1] + (w[b][1][0] + w[b][1][1]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) w[t][i] = min(max(w[t][i], kOne), kOne + 0xffff);
+      for (int t = 0; t < kStepTiles; ++t) words[b][t] = V::pack(w[b][t][0], w[b][t][1]);
+      const float largest = __uint_as_float(bits[b]) - __uint_as_float(kOne);
+      squares_[b] = __fmaf_rn(largest, largest, squares_[b]);
+    }
+    if (steps_ == next_look_) {
+      next_look_ += min(next_look_, kMostSteps);
+      const int2 plain = all_plain_[thread_index_now() / 32];
+      if (number >= plain.x) plain_end_ = plain.y;
+      if (steps_ >= first_look()) {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) look(b);
       }
     }
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      sum_ += (p[t][0] + p[t][1]) + (p[t][2] + p[t][3]);
-      weights_ += w[t][0] + w[t][1] + (w[t][2] + w[t][3]);
-      words[t][0] = permute(w[t][0], w[t][1], 0x5410);
-      words[t][1] = permute(w[t][2], w[t][3], 0x5410);
-    }
-    const float largest = float(bits & 0xffff);
-    squares_ = __fmaf_rn(largest, largest, squares_);
-    ++steps_;
-    if ((steps_ & (steps_ - 1) & (kMostSteps - 1)) == 0) look(number);
   }
 
   // soft_cap * tanh(x / soft_cap) in units of log2, plus `end` - cap_log2; of x * cap_factor.
@@ -891,67 +970,80 @@ class WarpRows {
     return __fmaf_rn(-2.0f * call_.cap_log2, reciprocal_approx(1.0f + exp2_approx(x)), end);
   }
 
-  // y of keys j .. j + 3 with all that changes or hides scores: -infinity where hidden, and there no value.
-  __device__ void adjust(const float (&scores)[4], const float (&k_scale)[4], int j, unsigned exact, float (&y)[4],
-                         float (&v_scale)[4]) const {
-    const RowState &state = row();
+  // y with all that changes or hides scores: -infinity where hidden, and no value where no row sees it.
+  __device__ void adjust(const float (&scores)[kBlocks][kStepTiles][kKeys], const float (&k_scale)[kStepTiles][kKeys],
+                         int number, const uint16_t *exact, float (&y)[kBlocks][kStepTiles][kKeys],
+                         float (&v_scale)[kStepTiles][kKeys]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float score =
-          __fmaf_rn(scores[i], k_scale[i], call_.soft_cap > 0 ? state.offset * call_.cap_factor : state.offset);
-      if (call_.soft_cap > 0) score = cap(score, call_.cap_log2);
-      if (call_.alibi_slopes != nullptr) score = __fmaf_rn(state.slope, float(j + i - state.position), score);
-      const bool seen = j + i >= state.low && j + i < state.high && (exact >> i & 1) == 0;
-      y[i] = seen ? score + (shifted_ - state.offset) : kMinusInfinity;
-      if (!seen) v_scale[i] = 0;  // it may be anything
+    for (int t = 0; t < kStepTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        const int token = k_token<K::kTogether>(i, g_), j = (number + t) * kTileTokens + token;
+        const bool coded = (exact[t] >> token & 1) == 0;
+        bool any = false;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          const RowState &state = row(b);
+          float score = __fmaf_rn(scores[b][t][i], k_scale[t][i],
+                                  call_.soft_cap > 0 ? state.offset * call_.cap_factor : state.offset);
+          if (call_.soft_cap > 0) score = cap(score, call_.cap_log2);
+          if (call_.alibi_slopes != nullptr) score = __fmaf_rn(state.slope, float(j - state.position), score);
+          const bool seen = j >= state.low && j < state.high && coded;
+          y[b][t][i] = seen ? score + (shifted_[b] - state.offset) : kMinusInfinity;
+          any = any || seen;
+        }
+        // It may be anything, and what one row sees is times zero for the other.
+        v_scale[t][i] = !any ? 0 : kBlocks > 1 ? fminf(v_scale[t][i], 0x1.fffffep127f) : v_scale[t][i];
+      }
     }
   }
 
-  // Weights p, and w as kOne + w; gives all bits of these. w is p * v_scale rounded down after an addition in [0, 1) that
+  // Weights p, and w as kOne + w; all bits of a row's w. w is p * v_scale rounded down after an addition in [0, 1) that
   // goes round with the steps, in each lane of a row by another irrational part of a turn: many equal weights, as small as
   // they may be, keep their sum, which rounding to the nearest would change by up to a half of each.
-  __device__ uint32_t weights_of(const float (&y)[kTiles][4], const float (&v_scale)[kTiles][4], float (&p)[kTiles][4],
-                                 uint32_t (&w)[kTiles][4]) const {
-    const uint32_t turn = uint32_t(steps_) * (0x4f1bbdu + uint32_t(q_) * 0x299135u) + uint32_t(q_) * 0x200000u;
-    const float addition = __uint_as_float((turn & 0x7fffff) | 0x3f800000);  // plus 1
-    uint32_t bits = 0;
+  __device__ void weights_of(const float (&y)[kBlocks][kStepTiles][kKeys], const float (&v_scale)[kStepTiles][kKeys],
+                             float (&p)[kBlocks][kStepTiles][kKeys], uint32_t (&w)[kBlocks][kStepTiles][kKeys],
+                             uint32_t (&bits)[kBlocks]) const {
+    const uint32_t turn = uint32_t(steps_) * (kFirstPart + uint32_t(g_) * kMorePart);  // in units of 2^-32
+    const float addition = __uint_as_float(turn >> 9 | 0x3f800000);                    // plus 1
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+    for (int b = 0; b < kBlocks; ++b) {
+      bits[b] = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p[t][i] = exp2_approx(y[t][i]);
-        w[t][i] = __float_as_uint(__fadd_rz(__fmaf_rn(p[t][i], v_scale[t][i], addition), 0x1p23f - 1));
-        bits |= w[t][i];
+      for (int t = 0; t < kStepTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < kKeys; ++i) {
+          p[b][t][i] = exp2_approx(y[b][t][i]);
+          w[b][t][i] = __float_as_uint(__fadd_rz(__fmaf_rn(p[b][t][i], v_scale[t][i], addition), 0x1p23f - 1));
+          bits[b] |= w[b][t][i];
+        }
       }
     }
-    return bits;
   }
 
   // After 1, 2, 4 .. steps: whether weights are so small that their rounding shows, or sums too large; the next step does
   // what is needed. Rounding adds an error of about sqrt(n / 6) to a sum of n values, if they are independent of size
   // sqrt(sum of w^2).
-  __device__ void look(int number) {
-    if (number >= states()[0].plain.x) plain_end_ = states()[0].plain.y;
-    if (steps_ < first_look()) return;
-    const uint32_t sum = row_weights();
-    const float size = recent_size(steps_ - 1);
-    if (is_precise()) squares_ *= kTrace;
-    if ((flags_ & kUnset) != 0) return;
-    if (size < least_weight() && sum < large_sum() && shows(sum)) flags_ |= fall_from(size);
-    if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_ |= kMove;
+  __device__ void look(int b) {
+    const uint32_t sum = row_weights(b, steps_);
+    const float size = recent_size(b, steps_);
+    if (is_precise()) squares_[b] *= kTrace;
+    if ((flags_[b] & kUnset) != 0) return;
+    if (size < least_weight() && sum < large_sum() && shows(sum)) flags_[b] |= fall_from(size);
+    if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_[b] |= kMove;
   }
 
-  // log2 of the root of the row's mean w^2: of all steps, or since the last look that was after at most `before` of them.
-  __device__ float recent_size(int before) const {
+  // log2 of the root of the row's mean w^2 in `steps`: in all, or since the last look before the present step's.
+  __device__ float recent_size(int b, int steps) const {
+    const int before = steps_ - 1;
     int last = 0;
     if (is_precise() && before > 0) last = before < kMostSteps ? 1 << (31 - __clz(before)) : before & -kMostSteps;
-    const float steps = __fmaf_rn(float(last), 0.5f * kTrace, float(steps_ - last));
-    const float keys = steps * float(kStepTiles * kTileTokens);
-    return 0.5f * log2_approx(fmaxf(0.5f * row_sum(squares_), 1e-30f) * reciprocal_approx(keys));
+    const float keys = __fmaf_rn(float(last), 0.5f * kTrace, float(steps - last)) * float(kRowKeys);
+    return 0.5f * log2_approx(fmaxf(0.5f * row_sum(squares_[b]), 1e-30f) * reciprocal_approx(keys));
   }
   // Whether weights of less than the least size have a part of the sum that matters.
   __device__ bool shows(uint32_t sum) const {
-    return float(sum) < exp2_approx(least_weight()) * float(steps_ * kStepTiles * kTileTokens);
+    return float(sum) < exp2_approx(least_weight()) * float(steps_ * kRowKeys);
   }
   // Flags for a reference that is to fall, because weights have this size.
   __device__ unsigned fall_from(float size) const {
@@ -961,12 +1053,12 @@ class WarpRows {
   // How far above the largest of a step's weights, `most`, the reference of a row is to be that sees its first step: as far
   // as the largest of the `left` steps is expected from normal scores, but so that the mean square, which grows with the
   // number of keys half as fast, is good.
-  __device__ float expected_rise(const float (&weight)[kTiles][4], float most, int left) const {
+  __device__ float expected_rise(const float (&weight)[kStepTiles][kKeys], float most, int left) const {
     float count = 0, mean = 0, square = 0, power = 0;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+    for (int t = 0; t < kStepTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kKeys; ++i) {
         if (weight[t][i] == kMinusInfinity) continue;
         const float below = weight[t][i] - most;
         count += 1, mean += below, square = __fmaf_rn(below, below, square);
@@ -983,22 +1075,23 @@ class WarpRows {
     return fminf(fmaxf(2.07f * spread + 0.22f * more + mean, 0), room + 0.08f * more);
   }
 
-  // Moves references that are not chosen yet, that a weight exceeds, or that look() wants moved; `y` and the sums with
-  // them.
-  __device__ void move_references(const float (&v_scale)[kTiles][4], int left, float (&y)[kTiles][4]) {
+  // Moves the references of rows 4 b + q that are not chosen yet, that a weight exceeds, or that look() wants moved; `y` and
+  // the sums with them.
+  __device__ void move_reference(int b, const float (&v_scale)[kStepTiles][kKeys], int left,
+                                 float (&y)[kStepTiles][kKeys]) {
     // log2 of the row's largest weights w and p.
-    float weight[kTiles][4], most = kMinusInfinity, most_score = kMinusInfinity;
+    float weight[kStepTiles][kKeys], most = kMinusInfinity, most_score = kMinusInfinity;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+    for (int t = 0; t < kStepTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kKeys; ++i) {
         weight[t][i] = v_scale[t][i] > 0 ? y[t][i] + log2_approx(v_scale[t][i]) : kMinusInfinity;
         most = fmaxf(most, weight[t][i]);
         most_score = fmaxf(most_score, y[t][i]);
       }
     }
     most = row_max(most);
-    const bool unset = (flags_ & kUnset) != 0;
+    const bool unset = (flags_[b] & kUnset) != 0;
     float above = left > 1 ? 1.0f : 0.1f;
     unsigned next = 0;  // flags
     if (__any_sync(kAll, unset)) {
@@ -1007,9 +1100,10 @@ class WarpRows {
       if (unset && left > 1) above = expected + 1.1f;
       if (unset && most == kMinusInfinity) most = most_score;  // no value, but a weight
     }
-    int rise = 0, fall = -int(flags_ / kFall);
+    int rise = 0, fall = -int(flags_[b] / kFall);
     if (most >= 16 || (unset && most != kMinusInfinity)) rise = __float2int_rn(ceilf(most + above - 16));
-    uint32_t sum = row_weights();
+    const int steps = steps_ - 1;  // before this one
+    uint32_t sum = row_weights(b, steps);
     if (!unset) {
       if (fall != 0 && rise == 0) {
         // Not so far that a weight of this step is too large, nor the sum.
@@ -1018,70 +1112,48 @@ class WarpRows {
       }
       if (sum >= kMostSum / 2) rise = max(rise, 4);
     }
-    if (__any_sync(kAll, !unset && (rise != 0 || (flags_ & kMove) != 0))) {
+    if (__any_sync(kAll, !unset && (rise != 0 || (flags_[b] & kMove) != 0))) {
       const int shift = unset ? 0 : rise;
       if (is_precise()) {
-        const float size = recent_size(steps_) - float(shift);
+        const float size = recent_size(b, steps) - float(shift);
         if (shift > 0 && size < kFaint) next = fall_from(size);
       }
-      shift_sums(shift);
+      shift_sums(b, shift);
       sum = shift >= 32 ? 0 : shift >= 0 ? sum >> shift : sum << -shift;
-      sum_ = shift > 126 ? 0.0f : sum_ * __int_as_float((127 - shift) << 23);
-      weights_ = uint32_t(steps_) * (4 * kTiles * kOne);
-      if (lane_now() % 4 == 0 && lane_now() / 4 < Shape::kRows) weights_ += sum;
-      squares_ = shift > 60 ? 0.0f : squares_ * __int_as_float((127 - 2 * shift) << 23);
+      sum_[b] = shift > 126 ? 0.0f : sum_[b] * __int_as_float((127 - shift) << 23);
+      weights_[b] = uint32_t(steps) * (kLaneKeys * kOne);
+      if (lane_now() < 4) weights_[b] += sum;
+      squares_[b] = shift > 60 ? 0.0f : squares_[b] * __int_as_float((127 - 2 * shift) << 23);
     }
-    shifted_ -= float(rise);
+    shifted_[b] -= float(rise);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+    for (int t = 0; t < kStepTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) y[t][i] -= float(rise);
+      for (int i = 0; i < kKeys; ++i) y[t][i] -= float(rise);
     }
     // gain 0: no such row, or all its scores are equal
-    flags_ = unset && most == kMinusInfinity && gain_ != 0 ? kUnset : next;
+    flags_[b] = unset && most == kMinusInfinity && gain_[b] != 0 ? kUnset : next;
   }
 
-  // Divides all sums by 2^shift of their row. Low sums, of at most 255 * 127 * 32 a step, are carried to high ones before
+  // Divides all sums of the lane's row by 2^shift. Low sums, of at most 255 * 127 * 32 a step, are carried to high ones before
   // 2 * kMostSteps steps.
-  __device__ void shift_sums(int shift) {
-    const bool simple = !__any_sync(kAll, shift < 0 || shift > 16 || steps_ % kMostSteps == 0);
-    const bool is_low = !V::kEitherByte || lane_now() % 4 < 2;
+  __device__ void shift_sums(int b, int shift) {
+    const bool simple = !__any_sync(kAll, shift < 0 || shift > 16 || (steps_ - 1) % kMostSteps == 0);
+    if (simple) {
+      const int32_t mask = (1 << shift) - 1;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int by = __shfl_sync(kAll, shift, 4 * row_of(i));
-      if (simple) {
-        const int32_t mask = is_low ? (1 << by) - 1 : 0;
+      for (int i = 0; i < V::kChannels; ++i) {
+        int32_t &low = V::low_of(sums_, b, i), &high = V::high_of(sums_, b, i);
+        low = (low + 256 * (high & mask)) >> shift;
+        high >>= shift;
+      }
+    } else {
 #pragma unroll
-        for (int n = 0; n < V::kColumns; n += V::kEitherByte ? 1 : 2) {
-#pragma unroll
-          for (int k = i; k < 4; k += 2) {
-            if constexpr (V::kEitherByte) {
-              const int32_t other = __shfl_xor_sync(kAll, sums_[n][k], 2);
-              sums_[n][k] = (sums_[n][k] + 256 * (other & mask)) >> by;
-            } else {
-              sums_[n][k] = (sums_[n][k] + 256 * (sums_[n + 1][k] & mask)) >> by;
-              sums_[n + 1][k] >>= by;
-            }
-          }
-        }
-      } else {
-#pragma unroll
-        for (int n = 0; n < V::kColumns; n += V::kEitherByte ? 1 : 2) {
-#pragma unroll
-          for (int k = i; k < 4; k += 2) {
-            int32_t low = sums_[n][k], high;
-            if constexpr (V::kEitherByte) {
-              const int32_t other = __shfl_xor_sync(kAll, low, 2);
-              high = is_low ? other : low, low = is_low ? low : other;
-            } else {
-              high = sums_[n + 1][k];
-            }
-            int64_t sum = 256 * int64_t{high} + low;
-            sum = by >= 0 ? sum >> min(by, 63) : sum * (int64_t{1} << -by);
-            sums_[n][k] = is_low ? int32_t(sum & 255) : int32_t(sum >> 8);
-            if constexpr (!V::kEitherByte) sums_[n + 1][k] = int32_t(sum >> 8);
-          }
-        }
+      for (int i = 0; i < V::kChannels; ++i) {
+        int32_t &low = V::low_of(sums_, b, i), &high = V::high_of(sums_, b, i);
+        int64_t sum = 256 * int64_t{high} + low;
+        sum = shift >= 0 ? sum >> min(shift, 63) : sum * (int64_t{1} << -shift);
+        low = int32_t(sum & 255), high = int32_t(sum >> 8);
       }
     }
   }
@@ -1094,23 +1166,26 @@ class WarpRows {
     return thread_index_now() % 32;
   }
 
+  static constexpr uint32_t kFirstPart = 0x67c04f43, kMorePart = 0x77d0947e;
+
   const AttentionCall &call_;
   RowState *const all_states_;  // an offset from the start of shared memory that the launch gives
+  int2 *const all_plain_;
   const int g_, q_;
 
   // The item's.
-  uint32_t a_[K::kSteps][4];
-  float gain_, bias_;  // with a soft cap times cap_factor; what is added to scores, times gain
-  int plain_end_;      // steps that end there or before need no adjusting
+  Queries<kBlocks, K::kSteps> queries_;
+  float gain_[kBlocks], bias_[kBlocks];  // with a soft cap times cap_factor; what is added to scores, times gain
+  int plain_end_;                        // steps that end there or before need no adjusting
 
-  // Of the lane's row and keys.
-  float shifted_;     // the row's offset less its reference
-  float sum_;         // of p
-  uint32_t weights_;  // of w, with kOne for each of the steps
-  float squares_;     // of the bits of every step's w: about twice the sum of w^2; see kTrace
-  unsigned flags_;
+  // Of the lane's rows and keys.
+  float shifted_[kBlocks];     // the row's offset less its reference
+  float sum_[kBlocks];         // of p
+  uint32_t weights_[kBlocks];  // of w, with kOne for each of the steps
+  float squares_[kBlocks];     // of the bits of every step's w: about twice the sum of w^2; see kTrace
+  unsigned flags_[kBlocks];
   // The warp's.
-  int steps_;  // of the item, taken
+  int steps_, next_look_;  // of the item, with the one that is being taken
   typename V::Sums sums_;
 };
 
@@ -1121,7 +1196,7 @@ class WarpRows {
 template <class Shape>
 __device__ __forceinline__ void write_partial(const AttentionCall &call, const AttentionRing &ring, uint8_t *memory,
                                               const ListedItem &listed, const WarpRows<Shape> &rows) {
-  constexpr int kRows = 2, kColumns = Shape::V::kColumns, kWarpScratch = Shape::kScratch;
+  constexpr int kRows = Shape::kBlocks, kColumns = Shape::V::kChannels, kWarpScratch = Shape::kScratch;
   const int thread = thread_index_now(), lane = thread % 32, warp = thread / 32, head = warp % call.pack_heads;
   const Team team{warp / call.pack_heads, ring.teams};
   const int num_rows = call.block_tokens * call.block_heads;
@@ -1130,8 +1205,11 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
   RowEnd *ends = reinterpret_cast<RowEnd *>(memory + ring.ends_at) + head * Shape::kRows;
   const int end_stride = call.pack_heads * Shape::kRows;  // of teams
   group_barrier(1 + head, 32 * team.count);
-  const RowEnd end = rows.end();
-  if (lane % 4 == 0 && lane / 4 < Shape::kRows) ends[team.index * end_stride + lane / 4] = end;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const RowEnd end = rows.end(r);
+    if (lane < 4) ends[team.index * end_stride + rows.row_of(r)] = end;
+  }
   float sums[kRows][kColumns];
   rows.add_up(sums);
   if (team.index > 0) {
@@ -1234,7 +1312,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   barrier_init_fence();
   __syncthreads();
   if (call.direct == 0) grid_dependency_wait();
-  WarpRows<Shape> rows(call, reinterpret_cast<RowState *>(memory + ring.rows_at));
+  WarpRows<Shape> rows(call, reinterpret_cast<RowState *>(memory + ring.rows_at), shared.plain);
   int stage = 0;  // of the next step, and the parity of its barriers' phase
   uint32_t parity = 0;
 #pragma unroll 1
@@ -1270,7 +1348,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       }
       if (++to == ring.stages) to = 0;
     }
-    int n = 0, turn = 0;  // the next step, and whose turn it is to copy
+    // The next step, and those before which the warp finds and amid which it copies next.
+    int n = 0, finds_at = head == 0 ? 1 : -1, copies_at = ring.stages - ring.ahead;
+    copies_at += (head + call.pack_heads - copies_at % call.pack_heads) % call.pack_heads;
 #pragma unroll 1
     for (int i = first; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
       const ListedItem &listed = shared.items[i];
@@ -1285,7 +1365,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       rows.begin(listed, head, tile);
 #pragma unroll 1
       for (int left = steps_of(listed.item, team); left > 0; --left) {
-        if (n % kBatch == 1 && head == 0) {
+        if (n == finds_at) {
+          finds_at += kBatch;
           const int next = n - 1 + kBatch;
           if (find_steps(call, shared, table, team, next)) note_bad_ids(call, shared, team, next);
           __syncwarp();
@@ -1293,8 +1374,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         barrier_wait(&full[stage], parity);
         rows.take(stages + stage * ring.stage_bytes + head * call.pool.tile_bytes, ring.tile_bytes, tile,
                   table.exact[n % kTable], left, [&] {
-                    // In turn: the step that takes the place of one before.
-                    if (turn == head && n >= ring.stages - ring.ahead) {
+                    if (n == copies_at) {  // the step that takes the place of one before
+                      copies_at += call.pack_heads;
                       const int next = n + ring.ahead;
                       int free = stage + ring.ahead;
                       const bool before = free < ring.stages;  // it was there in the turn before
@@ -1305,7 +1386,6 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
                                                &full[free]);
                       }
                     }
-                    if (++turn == call.pack_heads) turn = 0;
                   });
         __syncwarp();
         if (lane == 0) barrier_arrive(full + kMaxStages + stage);
@@ -1327,9 +1407,12 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 // The shape of K and V bits, 0: any that the call names, and pages of any kind; 20: 2 bits with uniform levels.
 template <int kDimK, int kDimV, int kBitsK, int kBitsV, int kBlocks>
 auto shape_of() {
-  using K = std::conditional_t<kBitsK == 0, AnyK<kDimK>, FixedK<kBitsK == 20 ? 2 : kBitsK, kDimK, kBitsK == 20>>;
   using V =
       std::conditional_t<kBitsV == 0, AnyV<kDimV>, FixedV<kBitsV == 20 ? 2 : kBitsV, kDimV, kBitsV == 20, kBlocks>>;
+  // Pairs of channels need tokens apart.
+  constexpr bool kTogether = !V::kPairs;
+  using K =
+      std::conditional_t<kBitsK == 0, AnyK<kDimK>, FixedK<kBitsK == 20 ? 2 : kBitsK, kDimK, kBitsK == 20, kTogether>>;
   return AttentionShape<K, V, kDimK, kDimV, kBlocks, kBitsK == 0>{};
 }
 
@@ -1362,7 +1445,7 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
                              std::min(kMaxStages / teams, kMostTeamStages));
       if (ring.stages < least_stages) continue;
       ring.teams = teams;
-      ring.ahead = ring.stages - (ring.stages >= 6 ? 2 : 1);
+      ring.ahead = ring.stages - (ring.stages >= 4 ? 2 : 1);
       ring.scratch_at = teams * ring.stages * ring.stage_bytes;
       ring.rows_at = ring.scratch_at + scratch;
       ring.ends_at = ring.rows_at + states;

@@ -2,18 +2,18 @@
 // From the codes of a 16-token tile in shared memory to operands of mma.m16n8k32 (8-bit integers) in registers. Pure
 // functions of the stored bytes and the lane, for the host too: tests/unit/operands_test.cpp proves them without a GPU.
 //
-// Lane = 4 g + q. Scores: A = queries (16 rows), B = K (32 channels a step, 8 tokens an n-tile, two n-tiles j a tile).
-// Token k_token(j, g) goes into column g of n-tile j, so that the accumulators of lane (g, q) belong to row g, tokens
-// 4 q + 2 j + i: these four, packed to bytes in this order, are the lane's B operand of the second product, whose A
-// operand are 16 channels by 32 tokens (two tiles) of V. Channels go to steps and rows in whatever order loads best;
-// channel() tells which.
+// Lane = 4 g + q. Scores: A = K (16 tokens, 32 channels a step), B = queries (4 of them, high and low bytes: query q's
+// are columns 2 q and 2 q + 1). Tokens k_token(i, g) go into rows g + 8 i, so that the accumulators of lane (g, q) are
+// query q's for these two tokens. Of weights, transposed (movmatrix), come operands B of the second product, whose A are 16
+// channels by 32 tokens (two tiles) of V. Channels go to steps and rows in whatever order loads best; channel() tells
+// which.
 //
 // Bytes are the levels' grid as int8, level = 2 * byte + 1. With kUniform (2 bits, levels -3, -1, 1, 3) they are
 // unsigned and masked out of the codes: level = 2 * (byte >> shift) - 3.
 //
 // The pipe of permutations, logic and shifts is the one that fills up. Multiplications have another: there the compiler
 // puts shifts to the left, and high_half() moves of halves. Instructions for 16 codes (sm_90a), of them on the first
-// pipe:   K 4 bits 18, 14   3 bits 12.5, 9.5   2 bits 9, 7   uniform 7, 4   8 bits none
+// pipe:   K 4 bits 18, 14   3 bits 12.5, 9.5   2 bits 9, 7   uniform 5, 4   8 bits none
 //         V        22, 18          16.5, 13.5        13, 11          4, 4
 //   pairs V        18, 14          12.5, 9.5          9, 7
 #pragma once
@@ -150,22 +150,24 @@ TQKV_HOST_DEVICE uint32_t index3(uint32_t two_bits, uint32_t ones_at_top) {
   return (two_bits & 0x33333333) | (ones_at_top & 0x44444444);
 }
 
-TQKV_HOST_DEVICE constexpr int k_token(int j, int g) {
-  return 4 * (g >> 1) + 2 * j + (g & 1);
+// Token i of the two of lanes g. A transposed matrix of lanes g by tokens has those of lanes 2 q and 2 q + 1 in a lane:
+// where the tokens of one lane are together (kTogether), a pair that follows a pair; else first ones, then second ones.
+template <bool kTogether>
+TQKV_HOST_DEVICE constexpr int k_token(int i, int g) {
+  return kTogether ? 2 * g + i : 4 * (g >> 1) + 2 * i + (g & 1);
 }
 
 // A lane's codes of one token of K. Channels are dealt to the four lanes of a token in parts, powers of two of at most
 // 16 bytes a lane and plane. Of a part of 32 channels or more lane q has adjacent octets; of one of 16 lanes 0 and 1
 // have an octet each, and the others repeat them against zeros in the query.
 //
-// Bank conflicts: a row of 64 bytes (or an odd multiple of 16 below 128) is read by LDS.128 or LDS.32 in the fewest
-// wavefronts; rows of 32 or 16 bytes and of multiples of 128 take twice as many.
+// Bank conflicts: of tokens apart a row of 64 bytes (or an odd multiple of 16 below 128) is read by LDS.128 or LDS.32 in
+// the fewest wavefronts; others, and those of tokens together, take up to twice as many.
 template <int kBits, int kHeadDim, bool kUniform = false>
 struct KCodes {
   static_assert(kBits == 2 || !kUniform);
   static constexpr int kSteps = (kHeadDim + 31) / 32;
   static constexpr bool kSigned = !kUniform;
-  static constexpr int kShift = kUniform ? 6 : 0;
   static constexpr int kRow = kHeadDim * (kBits == 3 ? 2 : kBits) / 8, kOnesRow = kBits == 3 ? kHeadDim / 8 : 0;
 
   static constexpr int part_size(int first) {
@@ -212,21 +214,22 @@ struct KCodes {
     if constexpr (kFirst + kSize < kHeadDim) load<kFirst + kSize>(c, codes, token, q);
   }
 
-  // B operands of all steps.
+  // Registers of all steps.
   template <int kFirst = 0>
   TQKV_HOST_DEVICE void expand(const KCodes &c, LevelTable table, int q, uint32_t (&b)[kSteps][2]) {
     expand_part<kFirst, 0>(c, table, q, b);
     if constexpr (kFirst + part_size(kFirst) < kHeadDim) expand<kFirst + part_size(kFirst)>(c, table, q, b);
   }
 
-  // The channel at byte `byte` of register `reg` of lanes q, in B; in A it is that of registers 2 reg and 2 reg + 1.
-  // -1: none, zero in A.
+  // The channel at byte `byte` of register `reg` of lanes q: in B, and in A of registers 2 reg and 2 reg + 1. -1: none, zero
+  // in queries. And how far the bytes are shifted to the left.
   static constexpr int channel(int step, int reg, int byte, int q) {
     int first = 0;
     while (step >= first / 32 + octets(first)) first += part_size(first);
     if (part_size(first) == 16 && q >= 2) return -1;
     return 8 * (first_octet(first, q) + step - first / 32) + (kUniform ? 2 * byte + reg : 4 * reg + byte);
   }
+  static constexpr int shift(int reg) { return kUniform ? 2 + 4 * reg : 0; }
 
  private:
   static constexpr int alignment(int sizes) { return (sizes | 16) & -(sizes | 16); }
@@ -248,9 +251,9 @@ struct KCodes {
       const uint32_t nibbles = word[i] & 0x77777777;
       b[0] = look_up(table, nibbles) ^ sign_bytes(word[i]);
       b[1] = look_up(table, high_half(nibbles)) ^ sign_bytes(word[i] << 4);
-    } else if constexpr (kUniform) {  // every code to the top of its byte
+    } else if constexpr (kUniform) {  // every code to the top of its nibble
       const uint32_t field = word[i / 2] << (octets(kFirst) == 1 ? 2 - 2 * (q & 1) : 2 - 2 * (i % 2));
-      b[0] = field << 4 & 0xc0c0c0c0, b[1] = field & 0xc0c0c0c0;
+      b[0] = field & 0x0c0c0c0c, b[1] = field & 0xc0c0c0c0;
     } else {
       const uint32_t nibbles = indices<kFirst, i>(c, q);
       b[0] = look_up(table, nibbles), b[1] = look_up(table, high_half(nibbles));
@@ -350,8 +353,8 @@ struct VCodes {
   // With kPairs (levels by table, at most 4 rows of queries): a[m][0] has by turns the channels (m, 0) and (m, 1) of
   // tokens 4 q and 4 q + 1, a[m][1] those of the other two. This is how the table gives them: two permutations for 8
   // codes are saved, and half of the accumulators. An instruction takes registers a[2 n][0], a[2 n + 1][0], a[2 n][1],
-  // a[2 n + 1][1], 16 tokens and 32 channels. Rows g and g + 4 of the scores are the same query; its weights go to the
-  // even bytes of column g and to the odd ones of column g + 4, zeros between. So do the sums of (m, 0) and (m, 1).
+  // a[2 n + 1][1], 16 tokens and 32 channels. A query's weights go to the even bytes of its first column and to the odd ones
+  // of its second, zeros between. So do the sums of (m, 0) and (m, 1).
   template <bool kPairs = false, int kFirst = 0>
   TQKV_HOST_DEVICE void expand(const VCodes &c, LevelTable table, int g, uint32_t (&a)[kTiles][2]) {
     static_assert(!kPairs || (kBits != 8 && !kUniform));

@@ -151,6 +151,14 @@ __device__ __forceinline__ float root_usual(float x) {
   return __fmaf_rn(__fmaf_rn(-root, root, x), half, root);
 }
 
+// movmatrix.sync.aligned.m8n8.trans.b16, all 32 lanes together: of a matrix of 16-bit numbers whose row g lanes 4 g + t have,
+// columns 2 t and 2 t + 1 each, its transpose.
+__device__ __forceinline__ uint32_t transpose_halves(uint32_t row) {
+  uint32_t column;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(column) : "r"(row));
+  return column;
+}
+
 // mma.sync.aligned.m16n8k32.row.col.s32.{u8,s8}.{u8,s8}.s32: d = A B + c, A [16, 32] of bytes A, B [32, 8] of bytes B,
 // all 32 lanes together. Of lane 4 g + t (g = 0 .. 7, t = 0 .. 3):
 //   a[0], a[2]: row g, columns 4 t .. 4 t + 3 and those + 16; a[1], a[3]: the same of row g + 8

@@ -118,9 +118,6 @@ Tile make_tile(int which, int kind, int head_dim) {
   return tile;
 }
 
-// What the lanes hold after the first product: accumulators of n-tile j, rows the queries' high and low bytes.
-using Scores = std::array<Sums, 2>;
-
 struct Product {
   bool is_signed = true;
   int shift = 0;
@@ -131,54 +128,58 @@ uint32_t weight_of(int64_t score) {
   return uint32_t(uint64_t(score) * 0x9e3779b97f4a7c15 >> 48);
 }
 
+using LaneScores = std::vector<std::array<std::array<int64_t, 2>, 2>>;
+
 template <int kBits, int kHeadDim, bool kUniform>
 struct KSide {
   using Codes = cuda::KCodes<kBits, kHeadDim, kUniform>;
 
-  // Sums of query * level of row g, token 4 q + 2 j + i in [lane][j][i].
-  static std::vector<std::array<std::array<int64_t, 2>, 2>> scores(const Tile &tile, const std::vector<int> &queries) {
-    Scores sums{};
-    for (int j = 0; j < 2; ++j) {
-      std::array<std::array<std::array<uint32_t, 2>, Codes::kSteps>, kLanes> b;
-      for (int lane = 0; lane < kLanes; ++lane) {
+  // Sums of query * level of row 4 b + q, token k_token(i, g) in [lane][b][i].
+  template <bool kTogether>
+  static LaneScores scores(const Tile &tile, const std::vector<int> &queries) {
+    std::array<std::array<std::array<std::array<uint32_t, 2>, Codes::kSteps>, 2>, kLanes> k;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int i = 0; i < 2; ++i) {
         Codes codes;
         uint32_t regs[Codes::kSteps][2];
-        Codes::load(codes, tile.codes.data(), cuda::k_token(j, lane >> 2), lane & 3);
+        Codes::load(codes, tile.codes.data(), cuda::k_token<kTogether>(i, lane >> 2), lane & 3);
         Codes::expand(codes, tile.table, lane & 3, regs);
-        for (size_t s = 0; s < Codes::kSteps; ++s) b[size_t(lane)][s] = {regs[s][0], regs[s][1]};
-      }
-      for (int step = 0; step < Codes::kSteps; ++step) {
-        Registers4 left{};
-        Registers2 right{};
-        for (int lane = 0; lane < kLanes; ++lane) {
-          right[size_t(lane)] = b[size_t(lane)][size_t(step)];
-          for (int reg = 0; reg < 4; ++reg) {
-            for (int i = 0; i < 4; ++i) {
-              const int c = Codes::channel(step, reg >> 1, i, lane & 3);
-              if (c < 0) continue;
-              const int query = queries[size_t((lane >> 2) * kHeadDim + c)], low = int8_t(query);
-              const int byte = (reg & 1) == 0 ? (query - low) / 256 : low;
-              left[size_t(lane)][size_t(reg)] |= uint32_t(uint8_t(byte)) << (8 * i);
-            }
-          }
-        }
-        mma(left, true, right, Codes::kSigned, sums[size_t(j)]);
+        for (size_t s = 0; s < Codes::kSteps; ++s) k[size_t(lane)][size_t(i)][s] = {regs[s][0], regs[s][1]};
       }
     }
-    std::vector<std::array<std::array<int64_t, 2>, 2>> result(kLanes);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int g = lane >> 2;
-      int64_t sum_of_queries = 0;
-      for (int c = 0; c < kHeadDim; ++c) sum_of_queries += queries[size_t(g * kHeadDim + c)];
-      for (size_t j = 0; j < 2; ++j) {
+    LaneScores result(kLanes);
+    for (int block = 0; block < 2; ++block) {
+      Sums sums[2] = {};  // of registers that are shifted differently
+      for (int step = 0; step < Codes::kSteps; ++step) {
+        for (int reg = 0; reg < 2; ++reg) {
+          Registers4 left{};
+          Registers2 right{};
+          for (size_t lane = 0; lane < kLanes; ++lane) {
+            const int row = 4 * block + int(lane >> 3);
+            const bool high = (lane >> 2 & 1) == 0;
+            for (size_t i = 0; i < 2; ++i) left[lane][i] = k[lane][i][size_t(step)][size_t(reg)];
+            for (int i = 0; i < 4; ++i) {
+              const int c = Codes::channel(step, reg, i, int(lane & 3));
+              if (c < 0) continue;
+              const int query = queries[size_t(row * kHeadDim + c)], low = int8_t(query);
+              right[lane][0] |= uint32_t(uint8_t(high ? (query - low) / 256 : low)) << (8 * i);
+            }
+          }
+          mma(left, Codes::kSigned, right, true, sums[reg]);
+        }
+      }
+      for (size_t lane = 0; lane < kLanes; ++lane) {
+        int64_t sum_of_queries = 0;
+        for (int c = 0; c < kHeadDim; ++c) {
+          sum_of_queries += queries[size_t((4 * block + int(lane & 3)) * kHeadDim + c)];
+        }
         for (size_t i = 0; i < 2; ++i) {
-          const auto &sum = sums[j][size_t(lane)];
-          const int64_t dot = 256 * int64_t{sum[i]} + sum[2 + i];
-          if (Codes::kSigned) {
-            result[size_t(lane)][j][i] = 2 * dot + sum_of_queries;
-          } else {
-            REQUIRE(dot % (1 << Codes::kShift) == 0);
-            result[size_t(lane)][j][i] = 2 * dot / (1 << Codes::kShift) - 3 * sum_of_queries;
+          int64_t &score = result[lane][size_t(block)][i];
+          score = (Codes::kSigned ? 1 : -3) * sum_of_queries;
+          for (int reg = 0; reg < 2; ++reg) {
+            const int64_t dot = 256 * int64_t{sums[reg][lane][2 * i]} + sums[reg][lane][2 * i + 1];
+            REQUIRE(dot % (1 << Codes::shift(reg)) == 0);
+            score += 2 * dot / (1 << Codes::shift(reg));
           }
         }
       }
@@ -216,7 +217,7 @@ struct VSide {
     return result;
   }
 
-  // Sums of weight * level over two tiles, [row, channel]. b: the lanes' weights, high bytes and low bytes.
+  // Sums of weight * level over two tiles, [row, channel]. b: operands of each block of 4 rows, by lanes and tiles.
   static std::vector<int64_t> sums(const Tile (&tiles)[2], const Registers2 (&b)[2],
                                    const std::vector<int64_t> &sum_of_weights) {
     std::vector<int64_t> result(kRows * kHeadDim, INT64_MIN);
@@ -226,19 +227,21 @@ struct VSide {
         const auto first = operand(tiles[0], lane)[size_t(m)], second = operand(tiles[1], lane)[size_t(m)];
         left[size_t(lane)] = {first[0], first[1], second[0], second[1]};
       }
-      Sums high{}, low{};
-      mma(left, Codes::kSigned, b[0], false, high);
-      mma(left, Codes::kSigned, b[1], false, low);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        for (int i = 0; i < 4; ++i) {
-          const int row = 2 * (lane & 3) + (i & 1), c = Codes::channel(m, i >> 1, lane >> 2);
-          REQUIRE((c >= 0 && c < kHeadDim));
-          int64_t &sum = result[size_t(row * kHeadDim + c)];
-          REQUIRE(sum == INT64_MIN);  // every channel has one place
-          const int64_t dot = 256 * int64_t{high[size_t(lane)][size_t(i)]} + low[size_t(lane)][size_t(i)];
-          const int64_t unit = 1 << Codes::shift(m, i >> 1);
-          REQUIRE(dot % unit == 0);
-          sum = 2 * dot / unit + (Codes::kSigned ? 1 : -3) * sum_of_weights[size_t(row)];
+      for (int block = 0; block < 2; ++block) {
+        Sums both{};
+        mma(left, Codes::kSigned, b[block], false, both);
+        for (int lane = 0; lane < kLanes; ++lane) {
+          for (int half = 0; half < 2; ++half) {
+            const int row = 4 * block + (lane & 3), c = Codes::channel(m, half, lane >> 2);
+            REQUIRE((c >= 0 && c < kHeadDim));
+            int64_t &sum = result[size_t(row * kHeadDim + c)];
+            REQUIRE(sum == INT64_MIN);  // every channel has one place
+            const auto &low_high = both[size_t(lane)];
+            const int64_t dot = 256 * int64_t{low_high[size_t(2 * half + 1)]} + low_high[size_t(2 * half)];
+            const int64_t unit = 1 << Codes::shift(m, half);
+            REQUIRE(dot % unit == 0);
+            sum = 2 * dot / unit + (Codes::kSigned ? 1 : -3) * sum_of_weights[size_t(row)];
+          }
         }
       }
     }
@@ -246,7 +249,7 @@ struct VSide {
   }
 };
 
-// A pair of channels a row, for 4 rows of queries: b[byte][tile] are operands of one tile each.
+// Pairs of channels, for 4 rows of queries: b[byte][tile] are operands of one tile each.
 template <int kBits, int kHeadDim>
 std::vector<int64_t> sums_of_pairs(const Tile (&tiles)[2], const Registers2 (&b)[2][2],
                                    const std::vector<int64_t> &sum_of_weights) {
@@ -269,11 +272,10 @@ std::vector<int64_t> sums_of_pairs(const Tile (&tiles)[2], const Registers2 (&b)
     }
     for (int lane = 0; lane < kLanes; ++lane) {
       for (int i = 0; i < 4 && 2 * n + (i >> 1) < Codes::kTiles; ++i) {
-        const int column = 2 * (lane & 3) + (i & 1), row = column & 3;
-        const int c = Codes::channel(2 * n + (i >> 1), column >> 2, lane >> 2);
+        const int row = lane & 3, c = Codes::channel(2 * n + (i >> 1), i & 1, lane >> 2);
         int64_t &sum = result[size_t(row * kHeadDim + c)];
         REQUIRE(sum == INT64_MIN);
-        const int64_t dot = 256 * int64_t{sums[0][size_t(lane)][size_t(i)]} + sums[1][size_t(lane)][size_t(i)];
+        const int64_t dot = 256 * int64_t{sums[1][size_t(lane)][size_t(i)]} + sums[0][size_t(lane)][size_t(i)];
         sum = 2 * dot + sum_of_weights[size_t(row)];
       }
     }
@@ -338,7 +340,7 @@ Wavefronts count_wavefronts(const std::array<std::vector<Access>, kLanes> &lanes
   return result;
 }
 
-template <int kBits, int kHeadDim, bool kUniform>
+template <int kBits, int kHeadDim, bool kUniform, bool kTogether>
 Wavefronts k_wavefronts() {
   using Codes = cuda::KCodes<kBits, kHeadDim, kUniform>;
   Wavefronts sum;
@@ -346,7 +348,7 @@ Wavefronts k_wavefronts() {
     std::array<std::vector<Access>, kLanes> lanes;
     for (int lane = 0; lane < kLanes; ++lane) {
       Codes codes;
-      Codes::load(codes, Traced{0, &lanes[size_t(lane)]}, cuda::k_token(j, lane >> 2), lane & 3);
+      Codes::load(codes, Traced{0, &lanes[size_t(lane)]}, cuda::k_token<kTogether>(j, lane >> 2), lane & 3);
     }
     const Wavefronts one = count_wavefronts(lanes, kTileTokens * record_bytes(kHeadDim, kBits));
     sum.taken += one.taken, sum.fewest += one.fewest;
@@ -369,11 +371,11 @@ Wavefronts v_wavefronts() {
 
 struct Kind {
   int kind, head_dim;
-  decltype(&KSide<4, 128, false>::scores) scores;
+  decltype(&KSide<4, 128, false>::scores<false>) scores[2];  // of tokens apart, and together
   decltype(&KSide<4, 128, false>::check_channels) check_channels;
   decltype(&VSide<4, 128, false>::sums) sums;
   decltype(&sums_of_pairs<4, 128>) sums_of_pairs;  // or none
-  decltype(&k_wavefronts<4, 128, false>) k_wavefronts, v_wavefronts;
+  decltype(&v_wavefronts<4, 128, false>) k_wavefronts[2], v_wavefronts;
 };
 
 template <int kBits, int kHeadDim, bool kUniform>
@@ -383,11 +385,11 @@ Kind make_kind() {
   if constexpr (kBits != 8 && !kUniform) pairs = &sums_of_pairs<kBits, kHeadDim>;
   return {kUniform ? kUniformBits : kBits,
           kHeadDim,
-          &K::scores,
+          {&K::template scores<false>, &K::template scores<true>},
           &K::check_channels,
           &VSide<kBits, kHeadDim, kUniform>::sums,
           pairs,
-          &k_wavefronts<kBits, kHeadDim, kUniform>,
+          {&k_wavefronts<kBits, kHeadDim, kUniform, false>, &k_wavefronts<kBits, kHeadDim, kUniform, true>},
           &v_wavefronts<kBits, kHeadDim, kUniform>};
 }
 
@@ -412,37 +414,59 @@ std::string text(const Kind &kind) {
   return out.str();
 }
 
-// Two tiles from queries to weighted sums; with `pairs` of 4 rows, each in two columns.
+// movmatrix: lane (g, q) has elements 2 q and 2 q + 1 of row g, then of column g.
+using Words = std::array<uint32_t, kLanes>;
+
+Words transpose(const Words &rows) {
+  Words columns{};
+  for (size_t lane = 0; lane < kLanes; ++lane) {
+    for (size_t i = 0; i < 2; ++i) {
+      const size_t row = 2 * (lane & 3) + i, column = lane >> 2;
+      columns[lane] |= (rows[4 * row + column / 2] >> (16 * (column & 1)) & 0xffff) << (16 * i);
+    }
+  }
+  return columns;
+}
+
+// Two tiles from queries to weighted sums; with `pairs` of 4 rows.
 void check_products(const Kind &k, const Kind &v, bool pairs) {
   std::mt19937_64 random = generator();
   std::vector<int> queries(size_t(kRows * k.head_dim));
   for (int &x : queries) x = std::uniform_int_distribution<int>(-32640, 32639)(random);
-  if (pairs) std::copy_n(queries.begin(), queries.size() / 2, queries.begin() + std::ptrdiff_t(queries.size() / 2));
   const Tile k_tiles[2] = {make_tile(TQ_SIDE_K, k.kind, k.head_dim), make_tile(TQ_SIDE_K, k.kind, k.head_dim)};
   const Tile v_tiles[2] = {make_tile(TQ_SIDE_V, v.kind, v.head_dim), make_tile(TQ_SIDE_V, v.kind, v.head_dim)};
 
   std::vector<int64_t> weights(kRows * 2 * kTileTokens), sum_of_weights(kRows);
-  Registers2 b[2] = {}, b_pairs[2][2] = {};  // the lane's own scores are all that its operand is made of
+  Registers2 b[2] = {}, b_pairs[2][2] = {};  // the lanes' own scores are all that operands are made of
   for (int tile = 0; tile < 2; ++tile) {
-    const auto scores = k.scores(k_tiles[tile], queries);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int row = lane >> 2;
-      for (int j = 0; j < 2; ++j) {
+    const LaneScores scores = k.scores[pairs ? 0 : 1](k_tiles[tile], queries);
+    for (int block = 0; block < 2; ++block) {
+      Words bytes{}, pair_words[2] = {};
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int row = 4 * block + (lane & 3), g = lane >> 2;
         for (int i = 0; i < 2; ++i) {
-          const int token = 4 * (lane & 3) + 2 * j + i;
+          const int token = pairs ? cuda::k_token<false>(i, g) : cuda::k_token<true>(i, g);
           int64_t expected = 0;
           for (int c = 0; c < k.head_dim; ++c) {
             expected += int64_t{queries[size_t(row * k.head_dim + c)]} * k_tiles[tile].level(token, c);
           }
-          const int64_t score = scores[size_t(lane)][size_t(j)][size_t(i)];
+          const int64_t score = scores[size_t(lane)][size_t(block)][size_t(i)];
           REQUIRE(score == expected);
           const uint32_t weight = weight_of(score);
-          b[0][size_t(lane)][size_t(tile)] |= (weight >> 8) << (8 * (2 * j + i));
-          b[1][size_t(lane)][size_t(tile)] |= (weight & 0xff) << (8 * (2 * j + i));
-          const int at = 16 * i + (row < 4 ? 0 : 8);
-          b_pairs[0][tile][size_t(lane)][size_t(j)] |= (weight >> 8) << at;
-          b_pairs[1][tile][size_t(lane)][size_t(j)] |= (weight & 0xff) << at;
+          bytes[size_t(lane)] |= (weight & 0xff) << (8 * i) | (weight >> 8) << (16 + 8 * i);
+          pair_words[i][size_t(lane)] = weight * 0x10001;
           weights[size_t(row * 2 * kTileTokens + tile * kTileTokens + token)] = weight_of(expected);
+        }
+      }
+      const Words columns = transpose(bytes);
+      for (size_t lane = 0; lane < kLanes; ++lane) b[block][lane][size_t(tile)] = columns[lane];
+      if (!pairs || block > 0) continue;
+      for (size_t i = 0; i < 2; ++i) {
+        const Words pair_columns = transpose(pair_words[i]);
+        for (size_t lane = 0; lane < kLanes; ++lane) {
+          const bool odd = (lane >> 2 & 1) != 0;
+          b_pairs[0][tile][lane][i] = cuda::permute(pair_columns[lane], 0, odd ? 0x2404 : 0x4240);
+          b_pairs[1][tile][lane][i] = cuda::permute(pair_columns[lane], 0, odd ? 0x3414 : 0x4341);
         }
       }
     }
@@ -490,8 +514,9 @@ TEST_CASE("loads of a warp: aligned, inside the tile, and in the stated number o
   size_t found = 0;
   for (const Kind &kind : kinds()) {
     INFO(text(kind));
-    const Wavefronts k = kind.k_wavefronts(), v = kind.v_wavefronts();
+    const Wavefronts k = kind.k_wavefronts[0](), together = kind.k_wavefronts[1](), v = kind.v_wavefronts();
     CHECK(k.taken <= 2 * k.fewest);
+    CHECK(together.taken <= 2 * together.fewest);
     CHECK(v.taken <= (bits_of(kind.kind) == 3 ? 2 : 1) * v.fewest);
     for (const Expected &e : expected) {
       if (e.head_dim != kind.head_dim || e.bits != bits_of(kind.kind)) continue;

@@ -148,6 +148,24 @@ inline float reciprocal_approx(float x) {
   return flush_subnormal(1.0f / flush_subnormal(x));
 }
 
+// movmatrix.sync.aligned.m8n8.trans.b16, all 32 lanes together: of a matrix of 16-bit numbers whose row g lanes 4 g + t have,
+// columns 2 t and 2 t + 1 each, its transpose.
+inline uint32_t transpose_halves(uint32_t row) {
+  uint32_t column = 0;
+  struct Words {
+    uint32_t row, *column;
+  } mine{row, &column};
+  ::emulation::collective("movmatrix", 0xffffffff, mine, [](const ::emulation::Exchanges<Words> &all) {
+    all.for_each([&](unsigned lane, Words &words) {
+      for (unsigned i = 0; i < 2; ++i) {
+        const unsigned r = lane % 4 * 2 + i, c = lane / 4;
+        *words.column |= (all[4 * r + c / 2].row >> (16 * (c % 2)) & 0xffff) << (16 * i);
+      }
+    });
+  });
+  return column;
+}
+
 // mma.sync.aligned.m16n8k32.row.col.s32.{u8,s8}.{u8,s8}.s32: d = A B + c, A [16, 32] of bytes A, B [32, 8] of bytes B,
 // all 32 lanes together. Of lane 4 g + t (g = 0 .. 7, t = 0 .. 3):
 //   a[0], a[2]: row g, columns 4 t .. 4 t + 3 and those + 16; a[1], a[3]: the same of row g + 8
