@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # compute_sanitizer.sh TOOL PROGRAM [PROCESSES [TESTS]]: runs tqkv_abi_tests, PROGRAM, on the first GPU under racecheck,
 # memcheck or initcheck, a process a test case and PROCESSES (8) of them at a time. TESTS, as Catch2 takes them, are the
-# suites of attention, codec, pages, merging and golden records if not given. Fails where something is found, and prints
-# what was said.
+# suites of attention, its accuracy, codec, pages, merging and golden records if not given. Fails where something is found,
+# and prints what was said.
 set -euo pipefail
 export TOOL=$1 PROGRAM
 PROGRAM=$(realpath "$2")
-processes=${3:-8} tests=${4:-[#attention_test],[#codec_test],[#pages_test],[#merge_test],[#golden_test]}
+processes=${3:-8} tests=${4:-[#attention_test],[#attention_accuracy_test]~[slow],[#codec_test],[#pages_test],[#merge_test],[#golden_test]}
 cd "$(dirname "$0")"
 export TQKV_TEST_DEVICE=cuda
 export TQKV_TEST_CONFIGURATIONS=${TQKV_TEST_CONFIGURATIONS:-12}  # fewer repetitions
