@@ -37,6 +37,17 @@ inline constexpr int kMostTeamStages = kBatch - 4;       // those of steps that 
 inline constexpr int kAttentionSharedBytes = 227 << 10;  // of a block, from compute capability 9.0 on
 inline constexpr float kMinusInfinity = -INFINITY;
 
+// What numbers from 0 to 2^27 - 1 are divided by, at most 16: as a product, because a division is 20 instructions.
+struct Divisor {
+  uint32_t reciprocal;  // 2^31 divided by it, rounded up
+};
+inline Divisor divisor(int number) {
+  return {((1u << 31) + uint32_t(number) - 1) / uint32_t(number)};
+}
+__device__ inline int divided(int n, Divisor by) {
+  return int(__umulhi(2 * uint32_t(n), by.reciprocal));
+}
+
 // The dynamic shared memory: rings, then what each warp and team has, in bytes from the start.
 struct AttentionRing {
   int32_t teams, stages, ahead;     // stages: of a team; ahead: how far the step is that is copied
@@ -44,6 +55,8 @@ struct AttentionRing {
   int32_t in_one_copy;              // the heads of a tile are adjacent
   int32_t scratch_at, rows_at, ends_at, tables_at, shared_at;
   int32_t outputs_at;  // partial_outputs() of a slot
+  Divisor by_teams, by_pack_heads, by_block_heads;
+  Divisor by_block_tiles;  // of a block of the pool
 };
 
 struct ListedItem {
@@ -85,6 +98,7 @@ struct AttentionShared {
 // A warp's team.
 struct Team {
   int32_t index, count;  // of all teams
+  Divisor by_count;
 };
 
 // Stand for the address of a tile that an item has not, and of one past the list's last step.
@@ -98,7 +112,7 @@ __device__ inline const uint8_t *no_step() {
 // Steps of an item that are a team's.
 __device__ inline int steps_of(const AttentionItem &item, Team team) {
   const int steps = (item.end_tile - item.first_tile + kStepTiles - 1) / kStepTiles - team.index;
-  return steps > 0 ? (steps + team.count - 1) / team.count : 0;
+  return steps > 0 ? divided(steps + team.count - 1, team.by_count) : 0;
 }
 
 // The first tile of an item's step.
@@ -212,8 +226,8 @@ __device__ inline ListedStep find_step(const AttentionShared &shared, Team team,
 }
 
 // Looks up steps first .. first + kBatch - 1 of a team's list, a lane a tile; true where the id of the lane's is bad.
-__device__ inline bool find_steps(const AttentionCall &call, AttentionShared &shared, StepTable &table, Team team,
-                                  int first) {
+__device__ inline bool find_steps(const AttentionCall &call, const AttentionRing &ring, AttentionShared &shared,
+                                  StepTable &table, Team team, int first) {
   const AttentionPool &pool = call.pool;
   const int lane = thread_index_now() % 32, n = first + lane / kStepTiles, t = lane % kStepTiles;
   const uint8_t *&address = table.address[n % kTable][t];
@@ -234,9 +248,10 @@ __device__ inline bool find_steps(const AttentionCall &call, AttentionShared &sh
   if (pool.block_size < kTileTokens) {
     at = whole_tile(call, sequence, tile);
   } else {
-    const int tiles = pool.block_size / kTileTokens, block = tile / tiles, id = sequence.table[block];
+    const int tiles = pool.block_size / kTileTokens, block = divided(tile, ring.by_block_tiles),
+              id = sequence.table[block];
     const int later = min(tile + kBatch * kStepTiles * team.count, listed.item.end_tile - 1);
-    prefetch_l1(&sequence.table[later / tiles]);
+    prefetch_l1(&sequence.table[divided(later, ring.by_block_tiles)]);
     bad = id < 0 || id >= pool.num_blocks;
     if (!bad) at = pool.base + id * pool.block_stride + (tile - block * tiles) * pool.tile_stride;
   }
@@ -657,10 +672,12 @@ struct AttentionShape {
 // ---- one warp's rows
 
 // Where row `row` of an item is in [num_tokens, q_heads], or -1.
-__device__ __forceinline__ int64_t row_at(const AttentionCall &call, const ListedItem &listed, int pack_head, int row) {
+__device__ __forceinline__ int64_t row_at(const AttentionCall &call, const AttentionRing &ring,
+                                          const ListedItem &listed, int pack_head, int row) {
   const AttentionItem &item = listed.item;
-  const int token = item.token_block * call.block_tokens + row / call.block_heads;
-  const int in_group = item.head_part * call.block_heads + row % call.block_heads;
+  const int block_token = divided(row, ring.by_block_heads);
+  const int token = item.token_block * call.block_tokens + block_token;
+  const int in_group = item.head_part * call.block_heads + row - block_token * call.block_heads;
   if (row >= call.block_tokens * call.block_heads || token >= listed.sequence.q_len || in_group >= call.group)
     return -1;
   return int64_t{listed.sequence.begin + token} * call.q_heads +
@@ -670,16 +687,16 @@ __device__ __forceinline__ int64_t row_at(const AttentionCall &call, const Liste
 // Describes the rows of a warp's kv head, lanes 0 .. 7 one each; gives the item's tiles [x, y) that are visible to every
 // row, and coded.
 template <int kRows>
-__device__ __forceinline__ int2 describe_rows(const AttentionCall &call, const ListedItem &listed, int pack_head,
-                                              RowState *states) {
+__device__ __forceinline__ int2 describe_rows(const AttentionCall &call, const AttentionRing &ring,
+                                              const ListedItem &listed, int pack_head, RowState *states) {
   const Sequence &sequence = listed.sequence;
   const AttentionItem &item = listed.item;
   const int row = lane_index();
-  const int64_t at = row_at(call, listed, pack_head, row);
+  const int64_t at = row_at(call, ring, listed, pack_head, row);
   int begin = INT32_MIN, end = INT32_MAX;
   RowState state{kMinusInfinity, 0, 0, 0, 0};
   if (at >= 0) {
-    state.position = position(call, sequence, item.token_block * call.block_tokens + row / call.block_heads);
+    state.position = position(call, sequence, item.token_block * call.block_tokens + divided(row, ring.by_block_heads));
     const KeyRange keys = visible_keys(call, sequence, state.position);
     begin = state.low = keys.low;
     end = state.high = min(min(keys.high, sequence.coded_length), item.end_tile * kTileTokens);
@@ -715,12 +732,12 @@ class WarpRows {
       : call_(call), all_states_(states), all_plain_(plain), g_(lane_index() / 4), q_(lane_index() % 4) {}
 
   // Loads the queries of an item's rows; begin() comes next.
-  __device__ __forceinline__ void load(const ListedItem &listed, int pack_head) {
+  __device__ __forceinline__ void load(const AttentionRing &ring, const ListedItem &listed, int pack_head) {
     // What is seldom needed is computed anew where registers are few.
     const int g = kBlocks == 1 ? g_ : lane_now() / 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const int64_t at = row_at(call_, listed, pack_head, 4 * b + g / 2);  // of the lane's column
+      const int64_t at = row_at(call_, ring, listed, pack_head, 4 * b + g / 2);  // of the lane's column
       int4 query = make_int4(0, __float_as_int(kMinusInfinity), 0, 0);
       const uint8_t *bytes = call_.query_operands + at * 2 * call_.operand_bytes + q_ * 16 * K::kSteps;
       if (at >= 0) query = reinterpret_cast<const int4 *>(call_.query_rows)[at];
@@ -739,8 +756,8 @@ class WarpRows {
   }
 
   // `number`: of the first tile.
-  __device__ void begin(const ListedItem &listed, int pack_head, int number) {
-    const int2 plain = describe_rows<Shape::kRows>(call_, listed, pack_head, states());
+  __device__ void begin(const AttentionRing &ring, const ListedItem &listed, int pack_head, int number) {
+    const int2 plain = describe_rows<Shape::kRows>(call_, ring, listed, pack_head, states());
     plain_end_ = number >= plain.x ? plain.y : 0;
 #pragma unroll
     for (int n = 0; n < kBlocks * V::kTiles; ++n) {
@@ -1197,8 +1214,9 @@ template <class Shape>
 __device__ __forceinline__ void write_partial(const AttentionCall &call, const AttentionRing &ring, uint8_t *memory,
                                               const ListedItem &listed, const WarpRows<Shape> &rows) {
   constexpr int kRows = Shape::kBlocks, kColumns = Shape::V::kChannels, kWarpScratch = Shape::kScratch;
-  const int thread = thread_index_now(), lane = thread % 32, warp = thread / 32, head = warp % call.pack_heads;
-  const Team team{warp / call.pack_heads, ring.teams};
+  const int thread = thread_index_now(), lane = thread % 32, warp = thread / 32;
+  const Team team{divided(warp, ring.by_pack_heads), ring.teams, ring.by_teams};
+  const int head = warp - team.index * call.pack_heads;
   const int num_rows = call.block_tokens * call.block_heads;
   // Of the head in the second team, and of the first if that is alone; those of the next are pack_heads warps further.
   float *scratch = reinterpret_cast<float *>(memory + ring.scratch_at) + head * kWarpScratch;
@@ -1261,7 +1279,7 @@ __device__ __forceinline__ void write_partial(const AttentionCall &call, const A
     }
     // By way of the scratch, whose floats have been read, to stores of whole sectors. Of each four floats those 32 apart have
     // banks of their own.
-    const auto place = [](int i) { return i ^ (i / 32 % 8 * 4); };
+    const auto place = [](int i) { return uint32_t(i) ^ (uint32_t(i) / 32 % 8 * 4); };
     __syncwarp();
     rows.for_each_channel([&](int i, int channel) {
 #pragma unroll
@@ -1298,8 +1316,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   uint8_t *memory = static_cast<uint8_t *>(dynamic_shared());
   AttentionShared &shared = *reinterpret_cast<AttentionShared *>(memory + ring.shared_at);
   const int warp = int(threadIdx.x) / 32, lane = lane_index();
-  const int head = warp % call.pack_heads;
-  const Team team{warp / call.pack_heads, ring.teams};
+  const Team team{divided(warp, ring.by_pack_heads), ring.teams, ring.by_teams};
+  const int head = warp - team.index * call.pack_heads;
   StepTable &table = reinterpret_cast<StepTable *>(memory + ring.tables_at)[team.index];
   uint8_t *stages = memory + team.index * ring.stages * ring.stage_bytes;
   uint64_t *full = shared.full + team.index * ring.stages;
@@ -1325,7 +1343,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     __syncthreads();
     if (threadIdx.x == 0) shared.listed_before += kMaxItems;
     const bool finds = head == 0 && shared.num_items > 0;
-    const bool bad = finds && find_steps(call, shared, table, team, 0);
+    const bool bad = finds && find_steps(call, ring, shared, table, team, 0);
     int first = 0;  // item that has tiles
 #pragma unroll 1
     while (first < shared.num_items && shared.items[first].item.first_tile >= shared.items[first].item.end_tile)
@@ -1339,7 +1357,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       if (step == kEarly) {
         grid_dependency_wait();
         grid_dependency_launch();
-        if (first < shared.num_items) rows.load(shared.items[first], head);
+        if (first < shared.num_items) rows.load(ring, shared.items[first], head);
         if (bad) note_bad_ids(call, shared, team, 0);
       }
       __syncwarp();
@@ -1349,8 +1367,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       if (++to == ring.stages) to = 0;
     }
     // The next step, and those before which the warp finds and amid which it copies next.
-    int n = 0, finds_at = head == 0 ? 1 : -1, copies_at = ring.stages - ring.ahead;
-    copies_at += (head + call.pack_heads - copies_at % call.pack_heads) % call.pack_heads;
+    int n = 0, finds_at = head == 0 ? 1 : -1, copies_at = head;
+#pragma unroll 1
+    while (copies_at < ring.stages - ring.ahead) copies_at += call.pack_heads;
 #pragma unroll 1
     for (int i = first; i < shared.num_items; i = shared.current[thread_index_now() / 32] + 1) {
       const ListedItem &listed = shared.items[i];
@@ -1360,15 +1379,15 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       if (lane == 0) shared.current[warp] = i;
       __syncwarp();
       if (listed.item.first_tile >= listed.item.end_tile) continue;  // nothing, and its slot is not read
-      if (!loaded) rows.load(listed, head);
+      if (!loaded) rows.load(ring, listed, head);
       int tile = tile_of(listed.item, team, 0);
-      rows.begin(listed, head, tile);
+      rows.begin(ring, listed, head, tile);
 #pragma unroll 1
       for (int left = steps_of(listed.item, team); left > 0; --left) {
         if (n == finds_at) {
           finds_at += kBatch;
           const int next = n - 1 + kBatch;
-          if (find_steps(call, shared, table, team, next)) note_bad_ids(call, shared, team, next);
+          if (find_steps(call, ring, shared, table, team, next)) note_bad_ids(call, shared, team, next);
           __syncwarp();
         }
         barrier_wait(&full[stage], parity);
@@ -1432,6 +1451,9 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
   ring.tile_bytes = call.pack_heads * call.pool.tile_bytes;
   ring.stage_bytes = (kStepTiles * ring.tile_bytes + 127) / 128 * 128;
   ring.in_one_copy = call.pool.head_stride == call.pool.tile_bytes;
+  ring.by_pack_heads = divisor(call.pack_heads);
+  ring.by_block_heads = divisor(call.block_heads);
+  ring.by_block_tiles = divisor(std::max(call.pool.block_size / kTileTokens, 1));
   ring.outputs_at = int32_t(partial_outputs(call.pack_heads, call.block_tokens * call.block_heads));
   for (const int least_stages : {3, 2}) {  // with two, copies wait for each other
     for (int teams = Shape::kWarps / call.pack_heads; teams > 0; --teams) {
@@ -1445,6 +1467,7 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
                              std::min(kMaxStages / teams, kMostTeamStages));
       if (ring.stages < least_stages) continue;
       ring.teams = teams;
+      ring.by_teams = divisor(teams);
       ring.ahead = ring.stages - (ring.stages >= 4 ? 2 : 1);
       ring.scratch_at = teams * ring.stages * ring.stage_bytes;
       ring.rows_at = ring.scratch_at + scratch;

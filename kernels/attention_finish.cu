@@ -158,25 +158,38 @@ struct FinishWork {
   int32_t chunk_tokens;                     // of keys that are read raw
   int32_t rows;                             // that a block takes
   int32_t log2_warps;                       // of a block
-  int32_t lanes;                            // of a warp, for the states of each; a power of two
+  int32_t log2_lanes;                       // of a warp, for the states of each
   int32_t columns;                          // of 4 channels, of all these rows
   uint32_t row_of_column;                   // (column * row_of_column) >> 20
   int32_t per_lane;                         // channels_per_lane() of V
 };
 
-// Takes what states the warp has in the chunk from `base` on into those that it has already, unless it begins. A lane of a
-// row takes one of the warp's partial results.
-__device__ __forceinline__ void take_states(const AttentionCall &call, const BlockRows &rows, const Partials &partials,
-                                            const FinishWork &work, int base, bool begins, WarpPart &own) {
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, lanes = work.lanes, num_rows = work.rows;
-  const int row = int(uint32_t(lane) / uint32_t(lanes)), i = lane % lanes, j = base + warp + (i << work.log2_warps);
+// The state that a lane takes, of one of the warp's partial results in the chunk from `base` on, and its slot.
+struct LaneState {
+  State state;
+  int32_t slot, row, i;  // i: which of the warp's
+};
+__device__ __forceinline__ LaneState load_state(const AttentionCall &call, const BlockRows &rows,
+                                                const Partials &partials, const FinishWork &work, int base) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int row = lane >> work.log2_lanes, i = lane - (row << work.log2_lanes);
+  const int j = base + warp + (i << work.log2_warps);
   bool has_tiles = false;
   const int32_t slot = j < partials.count ? partials.slot(call, j, &has_tiles) : 0;
-  State all{minus_infinity(), 0}, state = all;
-  if (has_tiles && row < num_rows && rows.first_row + row < segment_rows(call)) {
+  State state{minus_infinity(), 0};
+  if (has_tiles && row < work.rows && rows.first_row + row < segment_rows(call)) {
     state = (reinterpret_cast<const State *>(call.partials + slot * call.slot_bytes) +
              rows.head_in_pack * segment_rows(call) + rows.first_row)[row];
   }
+  return {state, slot, row, i};
+}
+
+// Takes the states of a chunk into those that the warp has already, unless it begins.
+__device__ __forceinline__ void take_states(const FinishWork &work, const LaneState &loaded, bool begins,
+                                            WarpPart &own) {
+  const int lane = int(threadIdx.x) % 32, lanes = 1 << work.log2_lanes, num_rows = work.rows;
+  const auto &[state, slot, row, i] = loaded;
+  State all{minus_infinity(), 0};
   if (!begins && row < num_rows) all = own.states[row];
   float max = fmaxf(all.max, state.max);
 #pragma unroll 1
@@ -243,7 +256,7 @@ class Outputs {
       for (int begin = 0; begin < count_; begin += kMany) {
         const auto factor_at = [&](int i, int column) {
           const int row = row_of(column);
-          return row >= 0 ? own.factors[row * work_.lanes + i] : 0.0f;
+          return row >= 0 ? own.factors[(row << work_.log2_lanes) + i] : 0.0f;
         };
         if (!loaded_first || first != lane() || begin != 0) {
           load<kWide>(
@@ -859,7 +872,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   } else {
     grid_dependency_wait();
   }
-  const bool good = is_good();  // looked at last: it takes a while to load
+  const int32_t fault = *const_cast<const volatile int32_t *>(&call.sequence_faults[s]);  // looked at last
   const uint8_t *outputs =
       call.partials + partial_outputs(call.pack_heads, segment_rows(call)) +
       int64_t{rows.head_in_pack * segment_rows(call) + rows.first_row} * n * int64_t{sizeof(float)};
@@ -869,16 +882,17 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
 #pragma unroll 1
   for (;;) {
     count = min(partials.count, 1 << work.log2_warps);
-    const int most = work.lanes << work.log2_warps;  // that are taken together
+    const int most = 1 << (work.log2_lanes + work.log2_warps);  // that are taken together
 #pragma unroll 1
     for (int base = 0; base < partials.count; base += most) {
       __syncwarp();  // all lanes have used the chunk before
+      const LaneState loaded = load_state(call, rows, partials, work, base);
       // As many loads as registers allow.
       Outputs<kRawRows == 0 ? 12 : 8> chunk(call, work, outputs, min(partials.count - base, most));
       const bool early = partials.all_have_tiles, narrow = work.columns <= 32;  // narrow: one row, mostly
       if (early && narrow) chunk.template load_first<1>(partials.first_slot + base);
       if (early && !narrow) chunk.template load_first<4>(partials.first_slot + base);
-      take_states(call, rows, partials, work, base, base == 0, parts[warp]);
+      take_states(work, loaded, base == 0, parts[warp]);
       float4 *own_sums = reinterpret_cast<float4 *>(sums) + warp * work.columns;
       if (narrow) {
         chunk.template add<1>(parts[warp], early, base == 0, own_sums);
@@ -901,6 +915,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     partials = Partials(call, rows, false);
     __syncthreads();
   }
+  const bool good = rows.sequence.state == kGood && fault == 0;
   if (call.direct != 0 && !good && call.faults != nullptr && threadIdx.x == 0) {
     const int others = rows.kv_head + rows.first_head + rows.first_token + rows.first_row;
     if (others == 0) count_fault(call.faults, rows.sequence.state != kGood ? TQ_FAULT_LENGTH : TQ_FAULT_BLOCK, s);
@@ -1022,7 +1037,7 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
                                 warps, call.splits > call.page_splits);
   // With a fixed split of the segment's rows, because what is taken together decides about the bits of sums.
   const int lane_rows = call.split_tiles == 0 ? block_rows : std::min(rows, kMaxRows);
-  for (work.lanes = 32; work.lanes * lane_rows > 32;) work.lanes /= 2;
+  for (work.log2_lanes = 5; lane_rows << work.log2_lanes > 32;) --work.log2_lanes;
   work.per_lane = channels_per_lane(v);
   return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(32 * warps), work.bytes, stream, call, v,
                           output, work);

@@ -7,10 +7,11 @@
 
 namespace tqkv::cuda {
 
-// threadIdx.x, read again: what is computed from it needs no registers before.
+// threadIdx.x, read again: what is computed from it needs no registers before. Not negative, so parts of it are shifts.
 __device__ __forceinline__ int thread_index_now() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  __builtin_assume(index >= 0 && index < 1024);
   return index;
 }
 

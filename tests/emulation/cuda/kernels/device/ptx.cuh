@@ -24,10 +24,6 @@ inline int thread_index_now() {
   return int(threadIdx.x);
 }
 
-inline int32_t apart(int32_t x) {
-  return x;
-}
-
 inline uint32_t shared_address(const void *pointer) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(pointer) - shared_window();
   if (offset != uint32_t(offset)) ::emulation::stop("%p is not in shared memory", pointer);
