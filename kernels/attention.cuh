@@ -30,7 +30,8 @@ namespace tqkv::cuda {
 
 inline constexpr int kStepTiles = 2;
 inline constexpr int kMostSteps = 512;  // a power of two; a step past its multiples low sums are carried to high ones
-inline constexpr int kMaxItems = 16, kMaxStages = 32, kMostWarps = 16;
+inline constexpr int kMaxItems = 16, kMostWarps = 16;
+inline constexpr int kMaxStages = 3 * kMostWarps;  // three for each team if a warp is one
 // Steps whose places are looked up at a time, a lane a tile, and kept.
 inline constexpr int kBatch = 32 / kStepTiles, kTable = 4 * kBatch;
 inline constexpr int kMostTeamStages = kBatch - 4;       // those of steps that are looked up in time
