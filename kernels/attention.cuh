@@ -435,11 +435,12 @@ struct FixedK {
     Codes::expand(loaded[1], levels, q, y);
     // Uniform levels are 16 times as large in second registers, so two steps' first ones are a product, and their second
     // ones another.
-    int32_t sums[kUniform ? 2 : 1][kBlocks][4] = {};
+    constexpr int kParts = kUniform ? 2 : 1;
+    int32_t sums[kParts][kBlocks][4] = {};
 #pragma unroll
-    for (int s = 0; s < kSteps; s += kUniform ? 2 : 1) {
+    for (int s = 0; s < kSteps; s += kParts) {
 #pragma unroll
-      for (int part = 0; part < (kUniform ? 2 : 1); ++part) {
+      for (int part = 0; part < kParts; ++part) {
         const auto half = [&](const auto(&of)[kSteps][2], int i) {
           return !kUniform ? of[s][i] : s + i < kSteps ? of[min(s + i, kSteps - 1)][part] : 0;
         };
@@ -448,8 +449,7 @@ struct FixedK {
         for (int b = 0; b < kBlocks; ++b) {
           const uint32_t right[2] = {half(queries[b], 0), half(queries[b], 1)};
           int32_t(&sum)[4] = sums[part][b];
-          if (s == 0) mma_m16n8k32<Byte, int8_t>(sum, left, right, {});
-          if (s != 0) mma_m16n8k32<Byte, int8_t>(sum, left, right, sum);
+          mma_m16n8k32<Byte, int8_t>(sum, left, right, sum);
         }
       }
     }

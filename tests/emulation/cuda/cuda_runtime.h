@@ -114,18 +114,19 @@ inline int __float2int_ru(float x) {
 inline float __fmaf_rn(float a, float b, float c) {
   return fmaf(a, b, c);
 }
-// Rounded towards zero; stops at a sum that is no double.
+inline float round_to_zero(double x) {
+  const float nearest = float(x);
+  return fabs(double(nearest)) > fabs(x) ? nextafterf(nearest, 0.0f) : nearest;
+}
+// Stops at a sum that is no double.
 inline float __fmaf_rz(float a, float b, float c) {
   const double product = double(a) * double(b), sum = product + double(c);
   if (sum - double(c) != product || sum - product != double(c)) ::emulation::stop("__fmaf_rz(%a, %a, %a)", a, b, c);
-  const float nearest = float(sum);
-  return fabs(double(nearest)) > fabs(sum) ? nextafterf(nearest, 0.0f) : nearest;
+  return round_to_zero(sum);
 }
-// Likewise, of numbers of one sign.
+// Of numbers of one sign.
 inline float __fadd_rz(float a, float b) {
-  const double sum = double(a) + double(b);
-  const float nearest = float(sum);
-  return fabs(double(nearest)) > fabs(sum) ? nextafterf(nearest, 0.0f) : nearest;
+  return round_to_zero(double(a) + double(b));
 }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return uint32_t(uint64_t{a} * b >> 32);
