@@ -27,7 +27,7 @@ constexpr struct {
 struct Shape {
   const char *name;
   std::vector<int32_t> lengths;
-  int q_heads;
+  int q_heads, kv_heads;
   double least_shares[std::size(kCombos)];
   double peer_seconds;  // FlashInfer bf16, measured on an H200, see bench/NOTES.md
   bool fast;            // held to least_speed
@@ -46,13 +46,14 @@ std::vector<int32_t> log_uniform(int count, double least, double most) {
 std::vector<Shape> shapes() {
   const auto equal = [](int sequences, int32_t length) { return std::vector<int32_t>(size_t(sequences), length); };
   return {
-      {"16 x 32768, 32/8", equal(16, 32768), 32, {.88, .84, .82, .80, .78}, 484e-6, true},
-      {"64 x 8192, 32/8", equal(64, 8192), 32, {.88, .84, .82, .80, .78}, 485e-6, true},
-      {"32 x 16384, 64/8", equal(32, 16384), 64, {.88, .84, .82, .80, .78}, 480e-6, true},
-      {"1 x 131072, 32/8", equal(1, 131072), 32, {.75, .70, .68, .66, .60}, 134e-6, false},
-      {"64 x 64..32768, 32/8", log_uniform(64, 64, 32768), 32, {.84, .80, .78, .76, .73}, 0, false},
-      {"8 x 2048, 32/8", equal(8, 2048), 32, {}, 0, false},
-      {"1 x 4096, 32/8", equal(1, 4096), 32, {}, 0, false},
+      {"16 x 32768, 32/8", equal(16, 32768), 32, 8, {.88, .84, .82, .80, .78}, 484e-6, true},
+      {"64 x 8192, 32/8", equal(64, 8192), 32, 8, {.88, .84, .82, .80, .78}, 485e-6, true},
+      {"32 x 16384, 64/8", equal(32, 16384), 64, 8, {.88, .84, .82, .80, .78}, 480e-6, true},
+      {"1 x 131072, 32/8", equal(1, 131072), 32, 8, {.75, .70, .68, .66, .60}, 134e-6, false},
+      {"64 x 64..32768, 32/8", log_uniform(64, 64, 32768), 32, 8, {.84, .80, .78, .76, .73}, 0, false},
+      {"16 x 32768, 8/1", equal(16, 32768), 8, 1, {}, 0, false},  // an eighth of a model
+      {"8 x 2048, 32/8", equal(8, 2048), 32, 8, {}, 0, false},
+      {"1 x 4096, 32/8", equal(1, 4096), 32, 8, {}, 0, false},
   };
 }
 
@@ -67,6 +68,7 @@ std::vector<AttentionCase> all_cases(const ModelTensors *tensors) {
       one.preset = kCombos[combo].preset;
       one.lengths = shape.lengths;
       one.q_heads = shape.q_heads;
+      one.kv_heads = shape.kv_heads;
       one.least_share = shape.least_shares[combo];
       one.peer_seconds = shape.peer_seconds;
       one.least_speed = shape.fast ? kCombos[combo].least_speed : 0;

@@ -6,7 +6,8 @@
 // (an item is a segment or a part of one) team i takes every teams-th from the i-th on. A team has its own ring of stages;
 // a stage holds one step of all its heads, which are adjacent in a page. Items are listed kMaxItems at a time, and a team's
 // steps of the list are numbered through: step n is in stage n % stages. Amid step n one of the team's warps, each in its
-// turn, waits until all have left step n + ahead - stages and copies step n + ahead over it.
+// turn, waits until all have left step n + ahead - stages and copies step n + ahead over it. With 8 rows, whose warps have
+// more to do than memory has, four other warps of few registers find and copy all steps.
 //
 // WARP. Lane = 4 g + q, as in operands.cuh. Row r of an item is a query: with kBlocks = 1 there are 4, with 2 there are 8. A
 // lane has row q, or rows q and 4 + q, and of each of the step's tiles two tokens. A step goes: scores (16-bit queries as
@@ -403,8 +404,9 @@ template <int kBlocks>
 using Scores = uint32_t[kBlocks][kStepTiles][2];
 
 // K of one kind, and of a kind that the call names.
-template <int kBits, int kDim, bool kUniform, bool kTogetherTokens>
+template <int kCodeBits, int kDim, bool kUniform, bool kTogetherTokens>
 struct FixedK {
+  static constexpr int kBits = kCodeBits;
   using Codes = KCodes<kBits, kDim, kUniform>;
   static constexpr int kSteps = Codes::kSteps;
   static constexpr bool kTogether = kTogetherTokens;
@@ -468,6 +470,7 @@ struct FixedK {
 
 template <int kDim>
 struct AnyK {
+  static constexpr int kBits = 0;
   template <int kBits, bool kUniform = false>
   using Fixed = FixedK<kBits, kDim, kUniform, true>;
   static constexpr int kSteps = Fixed<4>::kSteps;
@@ -488,8 +491,9 @@ struct AnyK {
 //   two columns a row, its low bytes and its high ones; both tiles of a step at once, and four rows. Or, where levels come
 //   from a table (kPairs, four rows at most), which gives bytes by turns of two channels: one column has weights in even
 //   bytes, the other in odd ones; an instruction a tile and byte.
-template <int kBits, int kDim, bool kUniform, int kBlocksOfRows>
+template <int kCodeBits, int kDim, bool kUniform, int kBlocksOfRows>
 struct FixedV {
+  static constexpr int kBits = kCodeBits;
   using Codes = VCodes<kBits, kDim, kUniform>;
   using Byte = std::conditional_t<kUniform, uint8_t, int8_t>;
   static constexpr int kBlocks = kBlocksOfRows, kTiles = Codes::kTiles;
@@ -665,9 +669,15 @@ struct AttentionShape {
   using V = VSide;
   static constexpr bool kAny = kAnyPages;  // scales of any type, blocks of any size
   static constexpr int kHeadDimV = kDimV;
+  // Bytes of a tile's codes, of fixed bits.
+  static constexpr int kBytesK = kTileTokens * kDimK * K::kBits / 8, kBytesV = kTileTokens * kDimV * V::kBits / 8;
   static constexpr int kBlocks = kBlocksOfRows, kRows = 4 * kBlocks;
   static constexpr int kScratch = kBlocks * V::kChannels * 32;  // floats that a warp has
   static constexpr int kWarps = attention_warps(kDimK, kDimV, kBlocks);
+  // Warps beside these that find and copy steps, 0 where they do it themselves; and what registers both have then.
+  static constexpr int kCopyWarps = kBlocks > 1 && !kAny ? 4 : 0;
+  static constexpr int kRegisters = 152, kCopyRegisters = 56;
+  static_assert(kCopyWarps == 0 || 32 * (kWarps * kRegisters + kCopyWarps * kCopyRegisters) <= 1 << 16);
 };
 
 // ---- one warp's rows
@@ -730,7 +740,12 @@ class WarpRows {
 
   // `states`, `plain`: of all warps.
   __device__ WarpRows(const AttentionCall &call, RowState *states, int2 *plain)
-      : call_(call), all_states_(states), all_plain_(plain), g_(lane_index() / 4), q_(lane_index() % 4) {}
+      : call_(call),
+        all_states_(states),
+        all_plain_(plain),
+        g_(lane_index() / 4),
+        q_(lane_index() % 4),
+        part_(pinned(kFirstPart + uint32_t(g_) * kMorePart)) {}
 
   // Loads the queries of an item's rows; begin() comes next.
   __device__ __forceinline__ void load(const AttentionRing &ring, const ListedItem &listed, int pack_head) {
@@ -759,7 +774,7 @@ class WarpRows {
   // `number`: of the first tile.
   __device__ void begin(const AttentionRing &ring, const ListedItem &listed, int pack_head, int number) {
     const int2 plain = describe_rows<Shape::kRows>(call_, ring, listed, pack_head, states());
-    plain_end_ = number >= plain.x ? plain.y : 0;
+    plain_end_ = number >= plain.x && call_.soft_cap <= 0 ? plain.y : 0;
 #pragma unroll
     for (int n = 0; n < kBlocks * V::kTiles; ++n) {
 #pragma unroll
@@ -778,6 +793,7 @@ class WarpRows {
     if (lane_index() == 0) all_plain_[thread_index_now() / 32] = plain;
     __syncwarp();
     steps_ = 0;
+    turn_ = 0;
     next_look_ = 1;
   }
 
@@ -789,7 +805,7 @@ class WarpRows {
                                        int left, Between &&between) {
     uint32_t words[kBlocks][kStepTiles];  // 16-bit weights of the lane's keys
     weigh(codes, tile_bytes, number, exact, left, words);
-    const uint8_t *v_codes = codes + call_.pool.v_codes;
+    const uint8_t *v_codes = codes + (Shape::kAny ? call_.pool.v_codes : Shape::kBytesK);
     typename V::Loaded loaded;
     V::load(v_codes, tile_bytes, g_, q_, loaded);
     const typename V::Columns columns = V::transpose(words);
@@ -851,6 +867,12 @@ class WarpRows {
     return states()[row_of(b)];
   }
 
+  // Whether all of the warp's rows see tile `number` and the next, with nothing to adjust but a soft cap.
+  __device__ bool is_plain(int number) const {
+    const int2 plain = all_plain_[thread_index_now() / 32];
+    return number >= plain.x && number + kStepTiles <= plain.y;
+  }
+
   // Of all lanes that have keys of the row.
   template <class Number>
   __device__ static Number row_sum(Number x) {
@@ -888,6 +910,7 @@ class WarpRows {
   __device__ __forceinline__ void weigh(const uint8_t *codes, int tile_bytes, int number, const uint16_t *exact,
                                         int left, uint32_t (&words)[kBlocks][kStepTiles]) {
     ++steps_;
+    turn_ += part_;
     Scores<kBlocks> integers;
     K::score(call_, codes, tile_bytes, g_, q_, queries_, integers);
     float scores[kBlocks][kStepTiles][kKeys];  // times gain
@@ -902,36 +925,36 @@ class WarpRows {
       }
     }
     float k_scale[kStepTiles][kKeys], v_scale[kStepTiles][kKeys];
+    constexpr int kScales = Shape::kBytesK + Shape::kBytesV;
 #pragma unroll
     for (int t = 0; t < kStepTiles; ++t) {
       const uint8_t *tile = codes + t * tile_bytes;
-      load_scales(tile + call_.pool.k_scales, call_.k_scale_type, k_scale[t]);
-      load_scales(tile + call_.pool.v_scales, call_.v_scale_type, v_scale[t]);
+      load_scales(tile + (Shape::kAny ? call_.pool.k_scales : kScales), call_.k_scale_type, k_scale[t]);
+      load_scales(tile + (Shape::kAny ? call_.pool.v_scales : kScales + 2 * kTileTokens), call_.v_scale_type,
+                  v_scale[t]);
     }
     float y[kBlocks][kStepTiles][kKeys];  // log2 of the weight p
     if (number + kStepTiles <= plain_end_) {
-      if (call_.soft_cap > 0) {
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          const float offset = row(b).offset, start = offset * call_.cap_factor,
-                      end = call_.cap_log2 + (shifted_[b] - offset);
+      for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-          for (int t = 0; t < kStepTiles; ++t) {
+        for (int t = 0; t < kStepTiles; ++t) {
 #pragma unroll
-            for (int i = 0; i < kKeys; ++i) {
-              y[b][t][i] = cap(__fmaf_rn(scores[b][t][i], k_scale[t][i], start), end);
-            }
+          for (int i = 0; i < kKeys; ++i) {
+            y[b][t][i] = __fmaf_rn(scores[b][t][i], k_scale[t][i], shifted_[b]);
           }
         }
-      } else {
+      }
+    } else if (call_.soft_cap > 0 && is_plain(number)) {
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
+      for (int b = 0; b < kBlocks; ++b) {
+        const float offset = row(b).offset, start = offset * call_.cap_factor,
+                    end = call_.cap_log2 + (shifted_[b] - offset);
 #pragma unroll
-          for (int t = 0; t < kStepTiles; ++t) {
+        for (int t = 0; t < kStepTiles; ++t) {
 #pragma unroll
-            for (int i = 0; i < kKeys; ++i) {
-              y[b][t][i] = __fmaf_rn(scores[b][t][i], k_scale[t][i], shifted_[b]);
-            }
+          for (int i = 0; i < kKeys; ++i) {
+            y[b][t][i] = cap(__fmaf_rn(scores[b][t][i], k_scale[t][i], start), end);
           }
         }
       }
@@ -975,10 +998,10 @@ class WarpRows {
     if (steps_ == next_look_) {
       next_look_ += min(next_look_, kMostSteps);
       const int2 plain = all_plain_[thread_index_now() / 32];
-      if (number >= plain.x) plain_end_ = plain.y;
+      if (number >= plain.x && call_.soft_cap <= 0) plain_end_ = plain.y;
       if (steps_ >= first_look()) {
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) look(b);
+        for (int b = 0; b < kBlocks; ++b) look(b, left);
       }
     }
   }
@@ -1022,8 +1045,7 @@ class WarpRows {
   __device__ void weights_of(const float (&y)[kBlocks][kStepTiles][kKeys], const float (&v_scale)[kStepTiles][kKeys],
                              float (&p)[kBlocks][kStepTiles][kKeys], uint32_t (&w)[kBlocks][kStepTiles][kKeys],
                              uint32_t (&bits)[kBlocks]) const {
-    const uint32_t turn = uint32_t(steps_) * (kFirstPart + uint32_t(g_) * kMorePart);  // in units of 2^-32
-    const float addition = __uint_as_float(turn >> 9 | 0x3f800000);                    // plus 1
+    const float addition = __uint_as_float(turn_ >> 9 | 0x3f800000);  // plus 1
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       bits[b] = 0;
@@ -1042,12 +1064,14 @@ class WarpRows {
   // After 1, 2, 4 .. steps: whether weights are so small that their rounding shows, or sums too large; the next step does
   // what is needed. Rounding adds an error of about sqrt(n / 6) to a sum of n values, if they are independent of size
   // sqrt(sum of w^2).
-  __device__ void look(int b) {
+  __device__ void look(int b, int left) {
     const uint32_t sum = row_weights(b, steps_);
     const float size = recent_size(b, steps_);
     if (is_precise()) squares_[b] *= kTrace;
     if ((flags_[b] & kUnset) != 0) return;
-    if (size < least_weight() && sum < large_sum() && shows(sum)) flags_[b] |= fall_from(size);
+    // What is still to come makes the mean larger, where a few keys have most of it.
+    const float more = is_precise() || left <= steps_ ? 0.0f : left <= 4 * steps_ ? 0.25f : 0.5f;
+    if (size + more < least_weight() && sum < large_sum() && shows(sum)) flags_[b] |= fall_from(size);
     if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_[b] |= kMove;
   }
 
@@ -1165,6 +1189,13 @@ class WarpRows {
         low = (low + 256 * (high & mask)) >> shift;
         high >>= shift;
       }
+    } else if (!__any_sync(kAll, shift > 0 || shift < -16)) {
+#pragma unroll
+      for (int i = 0; i < V::kChannels; ++i) {
+        int32_t &low = V::low_of(sums_, b, i), &high = V::high_of(sums_, b, i);
+        high = (high + (low >> 8)) << -shift;
+        low = (low & 255) << -shift;
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < V::kChannels; ++i) {
@@ -1190,11 +1221,12 @@ class WarpRows {
   RowState *const all_states_;  // an offset from the start of shared memory that the launch gives
   int2 *const all_plain_;
   const int g_, q_;
+  const uint32_t part_;  // see weights_of()
 
   // The item's.
   Queries<kBlocks, K::kSteps> queries_;
   float gain_[kBlocks], bias_[kBlocks];  // with a soft cap times cap_factor; what is added to scores, times gain
-  int plain_end_;                        // steps that end there or before need no adjusting
+  int plain_end_;                        // steps that end there or before need no adjusting and have no soft cap
 
   // Of the lane's rows and keys.
   float shifted_[kBlocks];     // the row's offset less its reference
@@ -1204,6 +1236,7 @@ class WarpRows {
   unsigned flags_[kBlocks];
   // The warp's.
   int steps_, next_look_;  // of the item, with the one that is being taken
+  uint32_t turn_;          // see weights_of(); in units of 2^-32
   typename V::Sums sums_;
 };
 
@@ -1310,20 +1343,74 @@ __device__ inline void count_parts(const AttentionCall &call, const AttentionSha
   add_released(&call.part_counts[(listed.slot - int32_t(blockIdx.x)) * call.pack_heads + head]);
 }
 
+// Lists the block's next items; by all its threads together.
+__device__ __forceinline__ void list_next(const AttentionCall &call, AttentionShared &shared) {
+  if (call.direct != 0) {
+    list_items(call, shared, shared.listed_before);
+  } else if (thread_index_now() < 32) {
+    read_items(call, shared, shared.listed_before);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) shared.listed_before += kMaxItems;
+}
+
+// A warp that finds and copies the steps of every kCopyWarps-th team.
 template <class Shape>
-__global__ void __launch_bounds__(32 * Shape::kWarps, 1)
+class Copier {
+ public:
+  // `first`: team.
+  __device__ Copier(const AttentionRing &ring, int first) : ring_(ring), first_(first) {}
+
+  // All steps of the list.
+  __device__ __forceinline__ void run(const AttentionCall &call, AttentionShared &shared, uint8_t *memory) {
+    unsigned live = 0;  // of its teams those that may have steps left, as bits
+    for (int team = first_; team < ring_.teams; team += Shape::kCopyWarps) live = 2 * live + 1;
+#pragma unroll 1
+    for (int n = 0; live != 0; ++n) {
+#pragma unroll 1
+      for (int i = 0; live >> i != 0; ++i) {
+        if ((live >> i & 1) == 0) continue;
+        const Team team{first_ + i * Shape::kCopyWarps, ring_.teams, ring_.by_teams};
+        StepTable &table = reinterpret_cast<StepTable *>(memory + ring_.tables_at)[team.index];
+        if (n % kBatch == 0) {
+          const bool bad = find_steps(call, ring_, shared, table, team, n);
+          // "Prepare" clears what this may find.
+          if (__any_sync(kAll, bad)) grid_dependency_wait();
+          if (bad) note_bad_ids(call, shared, team, n);
+          __syncwarp();
+        }
+        if (table.address[n % kTable][0] == no_step()) {
+          live &= ~(1u << i);
+          continue;
+        }
+        const int at = team.index * ring_.stages + __shfl_sync(kAll, stage_, i);
+        barrier_wait(shared.full + kMaxStages + at, __shfl_sync(kAll, parity_, i) ^ 1);
+        copy_step<Shape::kAny, true>(call, ring_, shared, table, team, n, memory + at * ring_.stage_bytes,
+                                     &shared.full[at]);
+        __syncwarp();
+        if (lane_index() == i && ++stage_ == ring_.stages) stage_ = 0, parity_ ^= 1;
+      }
+      if (n == 0) grid_dependency_wait();  // queries come now, which many pages would make slow
+    }
+  }
+
+ private:
+  const AttentionRing &ring_;
+  const int first_;
+  // Of the next step, in lane i for the warp's i-th team: its stage, and the parity of its barriers' phase.
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+};
+
+template <class Shape>
+__global__ void __launch_bounds__(32 * (Shape::kWarps + Shape::kCopyWarps), 1)
     attention_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ AttentionRing ring) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr bool kCopies = Shape::kCopyWarps == 0;  // a warp that has rows
   uint8_t *memory = static_cast<uint8_t *>(dynamic_shared());
   AttentionShared &shared = *reinterpret_cast<AttentionShared *>(memory + ring.shared_at);
-  const int warp = int(threadIdx.x) / 32, lane = lane_index();
-  const Team team{divided(warp, ring.by_pack_heads), ring.teams, ring.by_teams};
-  const int head = warp - team.index * call.pack_heads;
-  StepTable &table = reinterpret_cast<StepTable *>(memory + ring.tables_at)[team.index];
-  uint8_t *stages = memory + team.index * ring.stages * ring.stage_bytes;
-  uint64_t *full = shared.full + team.index * ring.stages;
   touch_parameter<kMostWarps>(call, reinterpret_cast<uint32_t *>(shared.sums));
-  for (int i = int(threadIdx.x); i < team.count * ring.stages; i += int(blockDim.x)) {
+  for (int i = int(threadIdx.x); i < ring.teams * ring.stages; i += int(blockDim.x)) {
     barrier_init(&shared.full[i], 32);
     barrier_init(&shared.empty[i], uint32_t(call.pack_heads));
   }
@@ -1331,28 +1418,45 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   barrier_init_fence();
   __syncthreads();
   if (call.direct == 0) grid_dependency_wait();
+  if constexpr (!kCopies) {
+    list_next(call, shared);
+    if (int(threadIdx.x) >= 32 * Shape::kWarps) {
+      set_registers<Shape::kCopyRegisters, false>();
+      Copier<Shape> copier(ring, thread_index_now() / 32 - Shape::kWarps);
+#pragma unroll 1
+      for (;;) {
+        copier.run(call, shared, memory);
+        if (shared.more == 0) return;
+        __syncthreads();
+        list_next(call, shared);
+      }
+    }
+    set_registers<Shape::kRegisters, true>();
+  }
+  const int warp = thread_index_now() / 32, lane = thread_index_now() % 32;
+  const Team team{divided(warp, ring.by_pack_heads), ring.teams, ring.by_teams};
+  const int head = warp - team.index * call.pack_heads;
+  StepTable &table = reinterpret_cast<StepTable *>(memory + ring.tables_at)[team.index];
+  uint8_t *stages = memory + team.index * ring.stages * ring.stage_bytes;
+  uint64_t *full = shared.full + team.index * ring.stages;
+  const uint32_t own_at =  // the warp's codes in the team's first stage
+      pinned(uint32_t(team.index * ring.stages * ring.stage_bytes + head * call.pool.tile_bytes));
   WarpRows<Shape> rows(call, reinterpret_cast<RowState *>(memory + ring.rows_at), shared.plain);
   int stage = 0;  // of the next step, and the parity of its barriers' phase
   uint32_t parity = 0;
 #pragma unroll 1
   for (;;) {
-    if (call.direct != 0) {
-      list_items(call, shared, shared.listed_before);
-    } else if (thread_index_now() < 32) {
-      read_items(call, shared, shared.listed_before);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) shared.listed_before += kMaxItems;
-    const bool finds = head == 0 && shared.num_items > 0;
+    if constexpr (kCopies) list_next(call, shared);
+    const bool finds = kCopies && head == 0 && shared.num_items > 0;
     const bool bad = finds && find_steps(call, ring, shared, table, team, 0);
-    int first = 0;  // item that has tiles
+    int first = kCopies || team.index < team.count ? 0 : shared.num_items;  // item that has tiles
 #pragma unroll 1
     while (first < shared.num_items && shared.items[first].item.first_tile >= shared.items[first].item.end_tile)
       ++first;
     if (lane == 0) shared.current[warp] = first;
     // The first step is copied before queries are there, which are loaded before many pages make that slow. What may find
     // faults waits for "prepare", too, which clears them.
-    constexpr int kEarly = Shape::kAny ? 0 : 1;
+    constexpr int kEarly = Shape::kAny || !kCopies ? 0 : 1;
 #pragma unroll 1
     for (int step = 0, to = stage; step < ring.stages; ++step) {  // all stages are free
       if (step == kEarly) {
@@ -1360,6 +1464,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
         grid_dependency_launch();
         if (first < shared.num_items) rows.load(ring, shared.items[first], head);
         if (bad) note_bad_ids(call, shared, team, 0);
+        if constexpr (!kCopies) break;
       }
       __syncwarp();
       if (finds && table.address[step][0] != no_step()) {
@@ -1385,16 +1490,16 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       rows.begin(ring, listed, head, tile);
 #pragma unroll 1
       for (int left = steps_of(listed.item, team); left > 0; --left) {
-        if (n == finds_at) {
+        if (kCopies && n == finds_at) {
           finds_at += kBatch;
           const int next = n - 1 + kBatch;
           if (find_steps(call, ring, shared, table, team, next)) note_bad_ids(call, shared, team, next);
           __syncwarp();
         }
         barrier_wait(&full[stage], parity);
-        rows.take(stages + stage * ring.stage_bytes + head * call.pool.tile_bytes, ring.tile_bytes, tile,
+        rows.take(memory + (own_at + uint32_t(stage * ring.stage_bytes)), ring.tile_bytes, tile,
                   table.exact[n % kTable], left, [&] {
-                    if (n == copies_at) {  // the step that takes the place of one before
+                    if (kCopies && n == copies_at) {  // the step that takes the place of one before
                       copies_at += call.pack_heads;
                       const int next = n + ring.ahead;
                       int free = stage + ring.ahead;
@@ -1408,7 +1513,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
                     }
                   });
         __syncwarp();
-        if (lane == 0) barrier_arrive(full + kMaxStages + stage);
+        if (elected()) barrier_arrive(full + kMaxStages + stage);
         if (++stage == ring.stages) stage = 0, parity ^= 1;
         ++n;
         tile += kStepTiles * team.count;
@@ -1418,6 +1523,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     if (call.counts_parts != 0) count_parts(call, shared);
     if (shared.more == 0) break;
     __syncthreads();
+    if constexpr (!kCopies) list_next(call, shared);
   }
 #endif
 }
@@ -1475,7 +1581,8 @@ int launch_attention_of(const AttentionCall &call, void *stream) {
       ring.ends_at = ring.rows_at + states;
       ring.tables_at = ring.ends_at + ends;
       ring.shared_at = ring.tables_at + tables;
-      return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks), unsigned(32 * warps),
+      return launch_dependent(attention_kernel<Shape>, unsigned(call.blocks),
+                              unsigned(32 * (Shape::kCopyWarps > 0 ? Shape::kWarps + Shape::kCopyWarps : warps)),
                               size_t(ring.shared_at) + sizeof(AttentionShared), stream, call, ring);
     }
   }

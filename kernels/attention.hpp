@@ -155,7 +155,7 @@ enum SequenceState : int32_t {
   kBadLength,  // zeros and -infinity
 };
 
-// Warps of a block of the main kernel: as many as registers allow.
+// Warps of a block of the main kernel that have rows: as many as registers allow.
 inline constexpr int attention_warps(int head_dim_k, int head_dim_v, int blocks_of_rows) {
   return head_dim_k > 128 || head_dim_v > 128 ? 8 : blocks_of_rows > 1 ? 12 : 16;
 }

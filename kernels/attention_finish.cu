@@ -20,7 +20,9 @@ constexpr int kMostRawTokens = 160;      // of a chunk, a multiple of 32
 constexpr int kMostRawBytes = 96 << 10;  // that they take, if not less than eight
 constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kFinishWarps = kRawThreads / 32;
-constexpr int kFewWarps = 4;  // of blocks of which there are many, so that all run at once
+constexpr int kFewParts = 20;    // of a segment, which a warp adds up alone,
+constexpr int kFewChannels = 4;  // where this is a lane's part of head_dim
+constexpr int kFewWarps = 4;     // of blocks of which there are many, so that all run at once
 static_assert(kMaxRows <= kFinishWarps);
 
 __device__ float minus_infinity() {
@@ -742,22 +744,14 @@ struct RowSums {
   __device__ float correction(int part) const { return parts[part].correction[r]; }
 };
 
-// What is left of a row of 32 * kPerLane channels. `raw_out` may be null.
+// What is left of a row, of which a lane has these sums: 32 * kPerLane channels. `raw_out` may be null.
 template <int kPerLane>
-__device__ __forceinline__ void write_row(const AttentionCall &call, const SideParams &v, const Output &output,
-                                          int64_t row, int64_t at, int lane, Gains gains, const RowSums &sums,
-                                          const float *raw_out) {
+__device__ __forceinline__ void write_channels(const AttentionCall &call, const SideParams &v, const Output &output,
+                                               int64_t row, int64_t at, int lane, Gains gains, float (&x)[kPerLane],
+                                               const float *raw_out) {
   using Own = Neighbours<float, kPerLane>;
   const int first = kPerLane * lane;
-  float x[kPerLane] = {}, raw[kPerLane] = {};
-#pragma unroll
-  for (int part = 0; part < kFinishWarps; ++part) {
-    if (part >= sums.count) break;
-    const Own own = *reinterpret_cast<const Own *>(sums.sums + part * sums.stride + first);
-    const float correction = sums.correction(part);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) x[i] = __fmaf_rn(own.of[i], correction, x[i]);
-  }
+  float raw[kPerLane] = {};
   if (output.merged == nullptr) {
     gains.coded *= decode_gain(v);
     rotate_back(v, lane, x);
@@ -777,6 +771,23 @@ __device__ __forceinline__ void write_row(const AttentionCall &call, const SideP
     store_neighbours(output.merged, TQ_TYPE_F32, true, row * (32 * kPerLane) + first, x);
     store_neighbours(output.raw, TQ_TYPE_F32, true, row * (32 * kPerLane) + first, raw);
   }
+}
+
+template <int kPerLane>
+__device__ __forceinline__ void write_row(const AttentionCall &call, const SideParams &v, const Output &output,
+                                          int64_t row, int64_t at, int lane, Gains gains, const RowSums &sums,
+                                          const float *raw_out) {
+  using Own = Neighbours<float, kPerLane>;
+  float x[kPerLane] = {};
+#pragma unroll
+  for (int part = 0; part < kFinishWarps; ++part) {
+    if (part >= sums.count) break;
+    const Own own = *reinterpret_cast<const Own *>(sums.sums + part * sums.stride + kPerLane * lane);
+    const float correction = sums.correction(part);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = __fmaf_rn(own.of[i], correction, x[i]);
+  }
+  write_channels(call, v, output, row, at, lane, gains, x, raw_out);
 }
 
 // Of any head_dim, in `scratch`: twice its floats, the second `stride` after the first. They may be the first warps' sums.
@@ -811,6 +822,40 @@ __device__ void write_any_row(const AttentionCall &call, const SideParams &v, co
   }
 }
 
+// The sums of row r of few partial results that all have tiles, and their state: by a warp, without shared memory, because
+// code that is run once costs more than what it does.
+template <int kPerLane>
+__device__ __forceinline__ State add_few(const AttentionCall &call, const BlockRows &rows, const Partials &partials,
+                                         int r, int lane, float (&x)[kPerLane]) {
+  using Own = Neighbours<float, kPerLane>;
+  const int row = rows.head_in_pack * segment_rows(call) + rows.first_row + r;
+  const uint8_t *states = call.partials + partials.first_slot * call.slot_bytes + row * int(sizeof(State));
+  const uint8_t *outputs = call.partials + partials.first_slot * call.slot_bytes +
+                           partial_outputs(call.pack_heads, segment_rows(call)) +
+                           (row * 32 + lane) * int64_t{sizeof(Own)};
+  Own own[kFewParts];
+#pragma unroll
+  for (int i = 0; i < kFewParts; ++i) {
+    if (i >= partials.count) break;
+    own[i] = *reinterpret_cast<const Own *>(outputs + i * call.slot_bytes);
+  }
+  State state{minus_infinity(), 0};
+  if (lane < partials.count) state = *reinterpret_cast<const State *>(states + lane * call.slot_bytes);
+  const float max = warp_max(state.max), factor = factor_of(state, max);
+  const float sum = warp_sum(has_keys(state) ? state.sum * factor : 0.0f);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) x[i] = 0;
+#pragma unroll
+  for (int i = 0; i < kFewParts; ++i) {
+    if (i >= partials.count) break;
+    const float part_factor = __shfl_sync(kAll, factor, i);
+    if (part_factor == 0) continue;  // what was loaded may be anything
+#pragma unroll
+    for (int k = 0; k < kPerLane; ++k) x[k] = __fmaf_rn(part_factor, own[i].of[k], x[k]);
+  }
+  return {max, sum};
+}
+
 // Adds outputs of one softmax, if there are any, to those of another, and the state to its state.
 __device__ void add_raw(State &state, const float *outputs, State other, float *sums, int n, int lane) {
   const float max = fmaxf(state.max, other.max);
@@ -824,8 +869,8 @@ __device__ void add_raw(State &state, const float *outputs, State other, float *
   __syncwarp();
 }
 
-// kRawRows: at least the rows of a block, or 0 where nothing is read raw here.
-template <int kRawRows>
+// kRawRows: at least the rows of a block, or 0 where nothing is read raw here. kFew: there may be segments of few parts.
+template <int kRawRows, bool kFew>
 __device__ __forceinline__ void finish_rows(const AttentionCall &call, const SideParams &v, const Output &output,
                                             const FinishWork &work) {
   __shared__ WarpPart parts[kFinishWarps];
@@ -879,8 +924,12 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   constexpr State kNone{-INFINITY, 0};
   State coded = kNone, raw = kNone, own = kNone;
   int count = 0;  // of warps that have parts
+  const bool few =
+      kFew && work.per_lane == kFewChannels && !of_new && partials.all_have_tiles && partials.count <= kFewParts;
+  float few_sums[kFewChannels];
+  if (few && warp < work.rows) coded = add_few(call, rows, partials, warp, lane, few_sums);
 #pragma unroll 1
-  for (;;) {
+  while (!few) {
     count = min(partials.count, 1 << work.log2_warps);
     const int most = 1 << (work.log2_lanes + work.log2_warps);  // that are taken together
 #pragma unroll 1
@@ -938,7 +987,13 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     const int64_t token = rows.sequence.begin + rows.token(call, warp), index = token * call.q_heads + head;
     const int64_t at = token * call.out.token_stride + head * call.out.head_stride;
     const Gains gains = finish_softmax(call, index, head, lane, coded, raw);
-    if (work.per_lane == 4) {
+    if (few) {
+      if (!good) {
+#pragma unroll
+        for (float &sum : few_sums) sum = 0;
+      }
+      write_channels(call, v, output, index, at, lane, gains, few_sums, raw_out);
+    } else if (work.per_lane == 4) {
       write_row<4>(call, v, output, index, at, lane, gains, row_sums, raw_out);
     } else if (work.per_lane == 2) {
       write_row<2>(call, v, output, index, at, lane, gains, row_sums, raw_out);
@@ -950,12 +1005,12 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   } while (rows.next(call, warp));
 }
 
-template <int kRawRows>
+template <int kRawRows, bool kFew>
 __global__ void __launch_bounds__(kRawThreads, kRawRows == kMaxRows ? 1 : 2)
     attention_finish_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams v,
                             const __grid_constant__ Output output, const __grid_constant__ FinishWork work) {
   grid_dependency_launch();
-  finish_rows<kRawRows>(call, v, output, work);
+  finish_rows<kRawRows, kFew>(call, v, output, work);
   grid_dependency_wait();  // so that what waits for this kernel waits for "attention", too
   count_sequence_faults(call);
 }
@@ -1014,7 +1069,7 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_
   return work;
 }
 
-template <int kRawRows>
+template <int kRawRows, bool kFew = false>
 int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const Output &output, void *stream) {
   const int rows = call.block_tokens * call.block_heads;
   int block_rows = rows < kMaxRows ? rows : kMaxRows;
@@ -1039,17 +1094,18 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
   const int lane_rows = call.split_tiles == 0 ? block_rows : std::min(rows, kMaxRows);
   for (work.log2_lanes = 5; lane_rows << work.log2_lanes > 32;) --work.log2_lanes;
   work.per_lane = channels_per_lane(v);
-  return launch_dependent(attention_finish_kernel<kRawRows>, grid, unsigned(32 * warps), work.bytes, stream, call, v,
-                          output, work);
+  return launch_dependent(attention_finish_kernel<kRawRows, kFew>, grid, unsigned(32 * warps), work.bytes, stream, call,
+                          v, output, work);
 }
 
-template <int kRawRows>
+template <int kRawRows, bool kFew = false>
 int load_finish_kernel() {
   constexpr int kMostDim = 256;  // of attention's kernels
   const int most =
       int(divide_work(kMostDim, kMostDim, 4, kRawRows > 0 ? kMostRawTokens : 0, kRawRows, kMaxRows, kFinishWarps, true)
               .bytes);
-  return cudaFuncSetAttribute(attention_finish_kernel<kRawRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  return cudaFuncSetAttribute(attention_finish_kernel<kRawRows, kFew>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most);
 }
 
 }  // namespace
@@ -1059,7 +1115,11 @@ int launch_attention_finish(const AttentionCall &call, const SideParams &v, floa
   const Output output{merged, raw};
   const int rows = call.block_tokens * call.block_heads;
   if (call.exact.base == nullptr && (call.k_new.data == nullptr || call.splits > call.page_splits)) {
-    return launch_finish_kernel<0>(call, v, output, stream);
+    // If no segment can have few parts, the kernel that does not ask is faster.
+    if (call.direct == 0 || call.max_segments * kFewParts < call.blocks) {
+      return launch_finish_kernel<0>(call, v, output, stream);
+    }
+    return launch_finish_kernel<0, true>(call, v, output, stream);
   }
   if (rows == 1) return launch_finish_kernel<1>(call, v, output, stream);
   if (rows <= 4) return launch_finish_kernel<4>(call, v, output, stream);
@@ -1075,8 +1135,8 @@ int launch_attention_write(const AttentionCall &call, float gain, const float *r
 }
 
 int load_attention_finish() {
-  for (const auto load :
-       {load_finish_kernel<0>, load_finish_kernel<1>, load_finish_kernel<4>, load_finish_kernel<kMaxRows>}) {
+  for (const auto load : {load_finish_kernel<0>, load_finish_kernel<0, true>, load_finish_kernel<1>,
+                          load_finish_kernel<4>, load_finish_kernel<kMaxRows>}) {
     if (const int error = load()) return error;
   }
   cudaFuncAttributes attributes;

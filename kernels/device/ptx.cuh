@@ -15,6 +15,12 @@ __device__ __forceinline__ int thread_index_now() {
   return index;
 }
 
+// x, which the compiler shall keep in a register: it cannot know how to compute it anew.
+__device__ __forceinline__ uint32_t pinned(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // The address of shared memory that ld.shared takes.
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
@@ -418,6 +424,26 @@ __device__ __forceinline__ void group_barrier(int id, int threads) {
 #else
 #define TQKV_HOPPER(...) __trap()
 #endif
+
+// setmaxnreg: the registers that a thread has from here on, more or fewer than before; by all of a group of four warps. Only
+// code for compute capability 9.0a has it, elsewhere registers stay as they are.
+template <int kRegisters, bool kMore>
+__device__ __forceinline__ void set_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (kMore) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  }
+#endif
+}
+
+// elect.sync: true in one lane of the warp.
+__device__ __forceinline__ bool elected() {
+  uint32_t yes = 0;
+  TQKV_HOPPER("{ .reg .pred yes; elect.sync _|yes, 0xffffffff; selp.u32 %0, 1, 0, yes; }" : "=r"(yes));
+  return yes != 0;
+}
 
 __device__ __forceinline__ void barrier_init(uint64_t *barrier, uint32_t count) {
   TQKV_HOPPER("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");

@@ -20,6 +20,9 @@ inline uintptr_t shared_window() {
   return reinterpret_cast<uintptr_t>(dynamic_shared()) - 1024;
 }
 
+inline uint32_t pinned(uint32_t x) {
+  return x;
+}
 inline int thread_index_now() {
   return int(threadIdx.x);
 }
@@ -424,6 +427,13 @@ inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
 // bar.sync, mbarrier, cp.async.bulk: block.hpp
 inline void group_barrier(int id, int threads) {
   ::emulation::group_barrier(id, threads);
+}
+template <int kRegisters, bool kMore>
+void set_registers() {}
+inline bool elected() {
+  int all = 0;
+  ::emulation::collective("elect.sync", ~0u, all, [](auto) {});
+  return ::emulation::lane() == 0;
 }
 inline void barrier_init(uint64_t *barrier, uint32_t count) {
   ::emulation::barrier_init(barrier, count);
