@@ -669,7 +669,7 @@ struct AttentionShape {
   using V = VSide;
   static constexpr bool kAny = kAnyPages;  // scales of any type, blocks of any size
   static constexpr int kHeadDimV = kDimV;
-  // Bytes of a tile's codes, of fixed bits.
+  // Bytes of a tile's codes, of fixed bits. Scales follow: K's, then V's.
   static constexpr int kBytesK = kTileTokens * kDimK * K::kBits / 8, kBytesV = kTileTokens * kDimV * V::kBits / 8;
   static constexpr int kBlocks = kBlocksOfRows, kRows = 4 * kBlocks;
   static constexpr int kScratch = kBlocks * V::kChannels * 32;  // floats that a warp has
@@ -1406,7 +1406,7 @@ template <class Shape>
 __global__ void __launch_bounds__(32 * (Shape::kWarps + Shape::kCopyWarps), 1)
     attention_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ AttentionRing ring) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  constexpr bool kCopies = Shape::kCopyWarps == 0;  // a warp that has rows
+  constexpr bool kCopies = Shape::kCopyWarps == 0;  // the warps that have rows
   uint8_t *memory = static_cast<uint8_t *>(dynamic_shared());
   AttentionShared &shared = *reinterpret_cast<AttentionShared *>(memory + ring.shared_at);
   touch_parameter<kMostWarps>(call, reinterpret_cast<uint32_t *>(shared.sums));

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // After attention: a block takes the segments of all splits of some rows, at most 8, of one kv head. Of its partial results, in
 // the order of splits or of CUDA blocks, warp w of 8 sums up every 8th from the w-th on (of 4 every 4th), for all rows, without
-// waiting for the others; what the warps have is summed up in order and rotated back, a warp a row. Keys that are read raw are
-// added before, for all rows of the block together. With a fixed split a row's bits do not depend on how many rows a block has.
+// waiting for the others; what the warps have is summed up in order and rotated back, a warp a row. Where partial results are
+// few, that warp takes all of its row itself. Keys that are read raw are added before, for all rows of the block together. With
+// a fixed split a row's bits do not depend on how many rows a block has.
 #include <algorithm>
 #include <bit>
 
@@ -1115,7 +1116,7 @@ int launch_attention_finish(const AttentionCall &call, const SideParams &v, floa
   const Output output{merged, raw};
   const int rows = call.block_tokens * call.block_heads;
   if (call.exact.base == nullptr && (call.k_new.data == nullptr || call.splits > call.page_splits)) {
-    // If no segment can have few parts, the kernel that does not ask is faster.
+    // Where segments have many parts on average the kernel that does not ask how many is faster.
     if (call.direct == 0 || call.max_segments * kFewParts < call.blocks) {
       return launch_finish_kernel<0>(call, v, output, stream);
     }
