@@ -1428,7 +1428,8 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + Shape::kCopyWarps), 1)
         copier.run(call, shared, memory);
         if (shared.more == 0) return;
         __syncthreads();
-        list_next(call, shared);
+        // Pinned, or the compiler keeps an address from the first list on, in local memory.
+        list_next(call, *reinterpret_cast<AttentionShared *>(memory + pinned(uint32_t(ring.shared_at))));
       }
     }
     set_registers<Shape::kRegisters, true>();
@@ -1523,7 +1524,9 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + Shape::kCopyWarps), 1)
     if (call.counts_parts != 0) count_parts(call, shared);
     if (shared.more == 0) break;
     __syncthreads();
-    if constexpr (!kCopies) list_next(call, shared);
+    if constexpr (!kCopies) {
+      list_next(call, *reinterpret_cast<AttentionShared *>(memory + pinned(uint32_t(ring.shared_at))));
+    }
   }
 #endif
 }
