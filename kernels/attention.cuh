@@ -1001,7 +1001,7 @@ class WarpRows {
       if (number >= plain.x && call_.soft_cap <= 0) plain_end_ = plain.y;
       if (steps_ >= first_look()) {
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) look(b, left);
+        for (int b = 0; b < kBlocks; ++b) look(b);
       }
     }
   }
@@ -1064,14 +1064,12 @@ class WarpRows {
   // After 1, 2, 4 .. steps: whether weights are so small that their rounding shows, or sums too large; the next step does
   // what is needed. Rounding adds an error of about sqrt(n / 6) to a sum of n values, if they are independent of size
   // sqrt(sum of w^2).
-  __device__ void look(int b, int left) {
+  __device__ void look(int b) {
     const uint32_t sum = row_weights(b, steps_);
     const float size = recent_size(b, steps_);
     if (is_precise()) squares_[b] *= kTrace;
     if ((flags_[b] & kUnset) != 0) return;
-    // What is still to come makes the mean larger, where a few keys have most of it.
-    const float more = is_precise() || left <= steps_ ? 0.0f : left <= 4 * steps_ ? 0.25f : 0.5f;
-    if (size + more < least_weight() && sum < large_sum() && shows(sum)) flags_[b] |= fall_from(size);
+    if (size < least_weight() && sum < large_sum() && shows(sum)) flags_[b] |= fall_from(size);
     if (sum >= kMostSum || steps_ % kMostSteps == 0) flags_[b] |= kMove;
   }
 
