@@ -1413,6 +1413,10 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + Shape::kCopyWarps), 1)
     barrier_init(&shared.empty[i], uint32_t(call.pack_heads));
   }
   if (threadIdx.x == 0) shared.listed_before = 0;
+  // Pinned, or the compiler keeps an address from the first list on, in local memory.
+  const auto list_more = [&] {
+    list_next(call, *reinterpret_cast<AttentionShared *>(memory + pinned(uint32_t(ring.shared_at))));
+  };
   barrier_init_fence();
   __syncthreads();
   if (call.direct == 0) grid_dependency_wait();
@@ -1426,8 +1430,7 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + Shape::kCopyWarps), 1)
         copier.run(call, shared, memory);
         if (shared.more == 0) return;
         __syncthreads();
-        // Pinned, or the compiler keeps an address from the first list on, in local memory.
-        list_next(call, *reinterpret_cast<AttentionShared *>(memory + pinned(uint32_t(ring.shared_at))));
+        list_more();
       }
     }
     set_registers<Shape::kRegisters, true>();
@@ -1453,23 +1456,30 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + Shape::kCopyWarps), 1)
     while (first < shared.num_items && shared.items[first].item.first_tile >= shared.items[first].item.end_tile)
       ++first;
     if (lane == 0) shared.current[warp] = first;
-    // The first step is copied before queries are there, which are loaded before many pages make that slow. What may find
-    // faults waits for "prepare", too, which clears them.
-    constexpr int kEarly = Shape::kAny || !kCopies ? 0 : 1;
+    const auto take_queries = [&] {
+      grid_dependency_wait();
+      grid_dependency_launch();
+      if (first < shared.num_items) rows.load(ring, shared.items[first], head);
+    };
+    if constexpr (kCopies) {
+      // The first step is copied before queries are there, which are loaded before many pages make that slow. What may find
+      // faults waits for "prepare", too, which clears them.
+      constexpr int kEarly = Shape::kAny ? 0 : 1;
 #pragma unroll 1
-    for (int step = 0, to = stage; step < ring.stages; ++step) {  // all stages are free
-      if (step == kEarly) {
-        grid_dependency_wait();
-        grid_dependency_launch();
-        if (first < shared.num_items) rows.load(ring, shared.items[first], head);
-        if (bad) note_bad_ids(call, shared, team, 0);
-        if constexpr (!kCopies) break;
+      for (int step = 0, to = stage; step < ring.stages; ++step) {  // all stages are free
+        if (step == kEarly) {
+          take_queries();
+          if (bad) note_bad_ids(call, shared, team, 0);
+        }
+        __syncwarp();
+        if (finds && table.address[step][0] != no_step()) {
+          copy_step<Shape::kAny, true>(call, ring, shared, table, team, step, stages + to * ring.stage_bytes,
+                                       &full[to]);
+        }
+        if (++to == ring.stages) to = 0;
       }
-      __syncwarp();
-      if (finds && table.address[step][0] != no_step()) {
-        copy_step<Shape::kAny, true>(call, ring, shared, table, team, step, stages + to * ring.stage_bytes, &full[to]);
-      }
-      if (++to == ring.stages) to = 0;
+    } else {
+      take_queries();
     }
     // The next step, and those before which the warp finds and amid which it copies next.
     int n = 0, finds_at = head == 0 ? 1 : -1, copies_at = head;
@@ -1522,9 +1532,7 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + Shape::kCopyWarps), 1)
     if (call.counts_parts != 0) count_parts(call, shared);
     if (shared.more == 0) break;
     __syncthreads();
-    if constexpr (!kCopies) {
-      list_next(call, *reinterpret_cast<AttentionShared *>(memory + pinned(uint32_t(ring.shared_at))));
-    }
+    if constexpr (!kCopies) list_more();
   }
 #endif
 }

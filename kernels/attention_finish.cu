@@ -774,6 +774,7 @@ __device__ __forceinline__ void write_channels(const AttentionCall &call, const 
   }
 }
 
+// Of 32 * kPerLane channels; `raw_out` may be null.
 template <int kPerLane>
 __device__ __forceinline__ void write_row(const AttentionCall &call, const SideParams &v, const Output &output,
                                           int64_t row, int64_t at, int lane, Gains gains, const RowSums &sums,
