@@ -209,16 +209,23 @@ __device__ __forceinline__ void take_states(const FinishWork &work, const LaneSt
   __syncwarp();
 }
 
+// The state of all the warp's lanes together, and what the lane's own is multiplied with in it.
+__device__ __forceinline__ State join_lanes(State state, float &factor) {
+  const float max = warp_max(state.max);
+  factor = factor_of(state, max);
+  return {max, warp_sum(has_keys(state) ? state.sum * factor : 0.0f)};
+}
+
 // The state of row r, of which `count` warps have parts, and their corrections; by a warp.
 __device__ __forceinline__ State join_states(WarpPart *parts, int count, int r) {
   const int lane = int(threadIdx.x) % 32;
   State state{minus_infinity(), 0};
   if (lane < count) state = parts[lane].states[r];
-  const float max = warp_max(state.max), factor = factor_of(state, max);
-  const float sum = warp_sum(has_keys(state) ? state.sum * factor : 0.0f);
+  float factor;
+  const State all = join_lanes(state, factor);
   if (lane < count) parts[lane].correction[r] = factor;
   __syncwarp();
-  return {max, sum};
+  return all;
 }
 
 // The warp's partial results of a chunk: kLoads / kWide of them at a time, of kWide columns a lane.
@@ -774,7 +781,7 @@ __device__ __forceinline__ void write_channels(const AttentionCall &call, const 
   }
 }
 
-// Of 32 * kPerLane channels; `raw_out` may be null.
+// The same of the sums of as many warps as have parts.
 template <int kPerLane>
 __device__ __forceinline__ void write_row(const AttentionCall &call, const SideParams &v, const Output &output,
                                           int64_t row, int64_t at, int lane, Gains gains, const RowSums &sums,
@@ -843,8 +850,8 @@ __device__ __forceinline__ State add_few(const AttentionCall &call, const BlockR
   }
   State state{minus_infinity(), 0};
   if (lane < partials.count) state = *reinterpret_cast<const State *>(states + lane * call.slot_bytes);
-  const float max = warp_max(state.max), factor = factor_of(state, max);
-  const float sum = warp_sum(has_keys(state) ? state.sum * factor : 0.0f);
+  float factor;
+  const State all = join_lanes(state, factor);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) x[i] = 0;
 #pragma unroll
@@ -855,7 +862,7 @@ __device__ __forceinline__ State add_few(const AttentionCall &call, const BlockR
 #pragma unroll
     for (int k = 0; k < kPerLane; ++k) x[k] = __fmaf_rn(part_factor, own[i].of[k], x[k]);
   }
-  return {max, sum};
+  return all;
 }
 
 // Adds outputs of one softmax, if there are any, to those of another, and the state to its state.
