@@ -23,7 +23,8 @@ constexpr float kLn2 = 0x1.62e43p-1f;
 constexpr int kFinishWarps = kRawThreads / 32;
 constexpr int kFewParts = 20;    // of a segment, which a warp adds up alone,
 constexpr int kFewChannels = 4;  // where this is a lane's part of head_dim
-constexpr int kFewWarps = 4;     // of blocks of which there are many, so that all run at once
+constexpr int kFewWarps = 4;     // of blocks of which there are many, so that all run at once,
+constexpr int kFewLoads = 8;  // and, if a warp loads so many parts at a time, six a multiprocessor, which begin early
 static_assert(kMaxRows <= kFinishWarps);
 
 __device__ float minus_infinity() {
@@ -832,8 +833,8 @@ __device__ void write_any_row(const AttentionCall &call, const SideParams &v, co
 }
 
 // The sums of row r of few partial results that all have tiles, and their state: by a warp, without shared memory, because
-// code that is run once costs more than what it does.
-template <int kPerLane>
+// code that is run once costs more than what it does. kLoads: at a time.
+template <int kLoads, int kPerLane>
 __device__ __forceinline__ State add_few(const AttentionCall &call, const BlockRows &rows, const Partials &partials,
                                          int r, int lane, float (&x)[kPerLane]) {
   using Own = Neighbours<float, kPerLane>;
@@ -842,27 +843,34 @@ __device__ __forceinline__ State add_few(const AttentionCall &call, const BlockR
   const uint8_t *outputs = call.partials + partials.first_slot * call.slot_bytes +
                            partial_outputs(call.pack_heads, segment_rows(call)) +
                            (row * 32 + lane) * int64_t{sizeof(Own)};
-  Own own[kFewParts];
+  Own own[kLoads];
+  const auto load = [&](int begin) {
 #pragma unroll
-  for (int i = 0; i < kFewParts; ++i) {
-    if (i >= partials.count) break;
-    own[i] = *reinterpret_cast<const Own *>(outputs + i * call.slot_bytes);
-  }
+    for (int i = 0; i < kLoads; ++i) {
+      if (begin + i >= partials.count) break;
+      own[i] = *reinterpret_cast<const Own *>(outputs + (begin + i) * call.slot_bytes);
+    }
+  };
+  load(0);
   State state{minus_infinity(), 0};
   if (lane < partials.count) state = *reinterpret_cast<const State *>(states + lane * call.slot_bytes);
   float factor;
   const State all = join_lanes(state, factor);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) x[i] = 0;
+  for (int begin = 0;;) {
 #pragma unroll
-  for (int i = 0; i < kFewParts; ++i) {
-    if (i >= partials.count) break;
-    const float part_factor = __shfl_sync(kAll, factor, i);
-    if (part_factor == 0) continue;  // what was loaded may be anything
+    for (int i = 0; i < kLoads; ++i) {
+      if (begin + i >= partials.count) break;
+      const float part_factor = __shfl_sync(kAll, factor, begin + i);
+      if (part_factor == 0) continue;  // what was loaded may be anything
 #pragma unroll
-    for (int k = 0; k < kPerLane; ++k) x[k] = __fmaf_rn(part_factor, own[i].of[k], x[k]);
+      for (int k = 0; k < kPerLane; ++k) x[k] = __fmaf_rn(part_factor, own[i].of[k], x[k]);
+    }
+    begin += kLoads;
+    if (kLoads == kFewParts || begin >= partials.count) return all;
+    load(begin);
   }
-  return all;
 }
 
 // Adds outputs of one softmax, if there are any, to those of another, and the state to its state.
@@ -878,8 +886,9 @@ __device__ void add_raw(State &state, const float *outputs, State other, float *
   __syncwarp();
 }
 
-// kRawRows: at least the rows of a block, or 0 where nothing is read raw here. kFew: there may be segments of few parts.
-template <int kRawRows, bool kFew>
+// kRawRows: at least the rows of a block, or 0 where nothing is read raw here. kFew: of few parts of a segment so many are
+// loaded at a time; 0: no segment has few; kFewLoads: blocks of kFewWarps, for kFewChannels and without parts of k_new.
+template <int kRawRows, int kFew>
 __device__ __forceinline__ void finish_rows(const AttentionCall &call, const SideParams &v, const Output &output,
                                             const FinishWork &work) {
   __shared__ WarpPart parts[kFinishWarps];
@@ -890,7 +899,8 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   if (!find_rows<(kRawRows > 0)>(call, int(blockIdx.z) * work.rows, &rows)) return;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   const int32_t s = rows.segment.sequence;
-  bool of_new = call.splits > call.page_splits;  // k_new first, if "attention" read it
+  constexpr bool kSmall = kFew == kFewLoads;
+  bool of_new = !kSmall && call.splits > call.page_splits;  // k_new first, if "attention" read it
   Partials partials(call, rows, of_new);
   // Faults that "attention" finds are seen after the wait; before, some threads may see them.
   const auto is_good = [&] {
@@ -933,10 +943,10 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   constexpr State kNone{-INFINITY, 0};
   State coded = kNone, raw = kNone, own = kNone;
   int count = 0;  // of warps that have parts
-  const bool few =
-      kFew && work.per_lane == kFewChannels && !of_new && partials.all_have_tiles && partials.count <= kFewParts;
+  const bool few = kFew > 0 && (kSmall || work.per_lane == kFewChannels) && !of_new && partials.all_have_tiles &&
+                   partials.count <= kFewParts;
   float few_sums[kFewChannels];
-  if (few && warp < work.rows) coded = add_few(call, rows, partials, warp, lane, few_sums);
+  if (few && warp < work.rows) coded = add_few<std::max(kFew, 1)>(call, rows, partials, warp, lane, few_sums);
 #pragma unroll 1
   while (!few) {
     count = min(partials.count, 1 << work.log2_warps);
@@ -946,7 +956,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
       __syncwarp();  // all lanes have used the chunk before
       const LaneState loaded = load_state(call, rows, partials, work, base);
       // As many loads as registers allow.
-      Outputs<kRawRows == 0 ? 12 : 8> chunk(call, work, outputs, min(partials.count - base, most));
+      Outputs<(kSmall ? 4 : kRawRows == 0 ? 12 : 8)> chunk(call, work, outputs, min(partials.count - base, most));
       const bool early = partials.all_have_tiles, narrow = work.columns <= 32;  // narrow: one row, mostly
       if (early && narrow) chunk.template load_first<1>(partials.first_slot + base);
       if (early && !narrow) chunk.template load_first<4>(partials.first_slot + base);
@@ -960,7 +970,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     }
     __syncthreads();
     if (warp < work.rows) coded = join_states(parts, count, warp);
-    if (!of_new) break;
+    if (kSmall || !of_new) break;
     own = coded;
     for (int c = lane; c < n && warp < work.rows; c += 32) {
       float sum = 0;
@@ -1002,8 +1012,8 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
         for (float &sum : few_sums) sum = 0;
       }
       write_channels(call, v, output, index, at, lane, gains, few_sums, raw_out);
-    } else if (work.per_lane == 4) {
-      write_row<4>(call, v, output, index, at, lane, gains, row_sums, raw_out);
+    } else if (kSmall || work.per_lane == kFewChannels) {
+      write_row<kFewChannels>(call, v, output, index, at, lane, gains, row_sums, raw_out);
     } else if (work.per_lane == 2) {
       write_row<2>(call, v, output, index, at, lane, gains, row_sums, raw_out);
     } else if (work.per_lane == 8) {
@@ -1014,8 +1024,10 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   } while (rows.next(call, warp));
 }
 
-template <int kRawRows, bool kFew>
-__global__ void __launch_bounds__(kRawThreads, kRawRows == kMaxRows ? 1 : 2)
+template <int kRawRows, int kFew>
+__global__ void __launch_bounds__(kRawThreads, kRawRows == kMaxRows ? 1
+                                               : kFew == kFewLoads  ? 3
+                                                                    : 2)
     attention_finish_kernel(const __grid_constant__ AttentionCall call, const __grid_constant__ SideParams v,
                             const __grid_constant__ Output output, const __grid_constant__ FinishWork work) {
   grid_dependency_launch();
@@ -1078,7 +1090,7 @@ FinishWork divide_work(int head_dim_k, int head_dim_v, int element_bytes, int64_
   return work;
 }
 
-template <int kRawRows, bool kFew = false>
+template <int kRawRows, int kFew = 0>
 int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const Output &output, void *stream) {
   const int rows = call.block_tokens * call.block_heads;
   int block_rows = rows < kMaxRows ? rows : kMaxRows;
@@ -1103,11 +1115,15 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
   const int lane_rows = call.split_tiles == 0 ? block_rows : std::min(rows, kMaxRows);
   for (work.log2_lanes = 5; lane_rows << work.log2_lanes > 32;) --work.log2_lanes;
   work.per_lane = channels_per_lane(v);
-  return launch_dependent(attention_finish_kernel<kRawRows, kFew>, grid, unsigned(32 * warps), work.bytes, stream, call,
-                          v, output, work);
+  auto kernel = attention_finish_kernel<kRawRows, kFew>;
+  if constexpr (kFew > 0) {
+    const bool is_small = many && work.per_lane == kFewChannels && call.splits == call.page_splits;
+    if (is_small) kernel = attention_finish_kernel<kRawRows, kFewLoads>;
+  }
+  return launch_dependent(kernel, grid, unsigned(32 * warps), work.bytes, stream, call, v, output, work);
 }
 
-template <int kRawRows, bool kFew = false>
+template <int kRawRows, int kFew = 0>
 int load_finish_kernel() {
   constexpr int kMostDim = 256;  // of attention's kernels
   const int most =
@@ -1128,7 +1144,7 @@ int launch_attention_finish(const AttentionCall &call, const SideParams &v, floa
     if (call.direct == 0 || call.max_segments * kFewParts < call.blocks) {
       return launch_finish_kernel<0>(call, v, output, stream);
     }
-    return launch_finish_kernel<0, true>(call, v, output, stream);
+    return launch_finish_kernel<0, kFewParts>(call, v, output, stream);
   }
   if (rows == 1) return launch_finish_kernel<1>(call, v, output, stream);
   if (rows <= 4) return launch_finish_kernel<4>(call, v, output, stream);
@@ -1144,8 +1160,8 @@ int launch_attention_write(const AttentionCall &call, float gain, const float *r
 }
 
 int load_attention_finish() {
-  for (const auto load : {load_finish_kernel<0>, load_finish_kernel<0, true>, load_finish_kernel<1>,
-                          load_finish_kernel<4>, load_finish_kernel<kMaxRows>}) {
+  for (const auto load : {load_finish_kernel<0>, load_finish_kernel<0, kFewParts>, load_finish_kernel<0, kFewLoads>,
+                          load_finish_kernel<1>, load_finish_kernel<4>, load_finish_kernel<kMaxRows>}) {
     if (const int error = load()) return error;
   }
   cudaFuncAttributes attributes;

@@ -94,6 +94,27 @@ TEST_CASE("every pair of widths, plain decoding", "[slow]") {
   }
 }
 
+TEST_CASE("many sequences of unequal lengths") {
+  FRESH(random, "attention batch");
+  for (const Target &target : targets()) {
+    tq_config config = make_config(target, 128, 8, 8);
+    config.kv_heads = 4;
+    const int64_t columns = 160;
+    const auto scenario = plain_scenario(random, target, config, 16, {0}, columns);
+    Scenario &s = *scenario;
+    s.call.lengths = {0, 300, 800, 2500};
+    while (s.call.lengths.size() < 68) s.call.lengths.push_back(int32_t(std::pow(64, random.uniform(0, 1))));
+    std::shuffle(s.call.lengths.begin(), s.call.lengths.end(), random.engine());
+    const int64_t num_seqs = int64_t(s.call.lengths.size());
+    s.call.block_table.resize(size_t(num_seqs * columns));
+    for (int32_t &entry : s.call.block_table) entry = int32_t(random.integer(0, columns - 1));
+    s.call.args.num_tokens = int32_t(num_seqs);
+    s.call.q = encode_elements(normals(random, num_seqs * 16 * 128), TQ_TYPE_F32);
+    INFO(target.name << ' ' << s.describe());
+    check(target, s);
+  }
+}
+
 TEST_CASE("head_dims that no kernel takes are refused by name") {
   FRESH(random, "attention refusals");
   for (const Target &target : targets()) {
