@@ -24,7 +24,7 @@ constexpr int kFinishWarps = kRawThreads / 32;
 constexpr int kFewParts = 20;    // of a segment, which a warp adds up alone,
 constexpr int kFewChannels = 4;  // where this is a lane's part of head_dim
 constexpr int kFewWarps = 4;     // of blocks of which there are many, so that all run at once,
-constexpr int kFewLoads = 8;  // and, if a warp loads so many parts at a time, six a multiprocessor, which begin early
+constexpr int kFewLoads = 8;     // and, if a warp loads so many parts at a time, six a multiprocessor, and early
 static_assert(kMaxRows <= kFinishWarps);
 
 __device__ float minus_infinity() {
