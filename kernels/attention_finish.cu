@@ -27,6 +27,11 @@ constexpr int kFewWarps = 4;     // of blocks of which there are many, so that a
 constexpr int kFewLoads = 8;     // and, if a warp loads so many parts at a time, six a multiprocessor, and early
 static_assert(kMaxRows <= kFinishWarps);
 
+// Whether "attention" reads k_new, so that it has parts of its own.
+__host__ __device__ bool reads_new(const AttentionCall &call) {
+  return call.splits > call.page_splits;
+}
+
 __device__ float minus_infinity() {
   return -__int_as_float(0x7f800000);
 }
@@ -362,7 +367,7 @@ struct RawKeys {
 __device__ RawKeys find_raw_keys(const AttentionCall &call, const Sequence &sequence, KeyRange seen, bool own) {
   if (own) {
     const int32_t low = max(seen.low, sequence.coded_length);
-    const bool elsewhere = call.k_new.data == nullptr || call.splits > call.page_splits;
+    const bool elsewhere = call.k_new.data == nullptr || reads_new(call);
     const int32_t count = elsewhere ? 0 : max(seen.high - low, 0);
     return {low, 0, count, count};
   }
@@ -868,7 +873,7 @@ __device__ __forceinline__ State add_few(const AttentionCall &call, const BlockR
       for (int k = 0; k < kPerLane; ++k) x[k] = __fmaf_rn(part_factor, own[i].of[k], x[k]);
     }
     begin += kLoads;
-    if (kLoads == kFewParts || begin >= partials.count) return all;
+    if (kLoads >= kFewParts || begin >= partials.count) return all;
     load(begin);
   }
 }
@@ -900,7 +905,9 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, n = call.head_dim_v;
   const int32_t s = rows.segment.sequence;
   constexpr bool kSmall = kFew == kFewLoads;
-  bool of_new = !kSmall && call.splits > call.page_splits;  // k_new first, if "attention" read it
+  // Read where it is used, because registers are few.
+  const auto per_lane = [&] { return kSmall ? kFewChannels : work.per_lane; };
+  bool of_new = !kSmall && reads_new(call);  // k_new first, if "attention" read it
   Partials partials(call, rows, of_new);
   // Faults that "attention" finds are seen after the wait; before, some threads may see them.
   const auto is_good = [&] {
@@ -943,10 +950,12 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
   constexpr State kNone{-INFINITY, 0};
   State coded = kNone, raw = kNone, own = kNone;
   int count = 0;  // of warps that have parts
-  const bool few = kFew > 0 && (kSmall || work.per_lane == kFewChannels) && !of_new && partials.all_have_tiles &&
-                   partials.count <= kFewParts;
+  const bool few =
+      kFew > 0 && per_lane() == kFewChannels && !of_new && partials.all_have_tiles && partials.count <= kFewParts;
   float few_sums[kFewChannels];
-  if (few && warp < work.rows) coded = add_few<std::max(kFew, 1)>(call, rows, partials, warp, lane, few_sums);
+  if constexpr (kFew > 0) {
+    if (few && warp < work.rows) coded = add_few<kFew>(call, rows, partials, warp, lane, few_sums);
+  }
 #pragma unroll 1
   while (!few) {
     count = min(partials.count, 1 << work.log2_warps);
@@ -970,7 +979,7 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
     }
     __syncthreads();
     if (warp < work.rows) coded = join_states(parts, count, warp);
-    if (kSmall || !of_new) break;
+    if (!of_new) break;
     own = coded;
     for (int c = lane; c < n && warp < work.rows; c += 32) {
       float sum = 0;
@@ -1012,11 +1021,11 @@ __device__ __forceinline__ void finish_rows(const AttentionCall &call, const Sid
         for (float &sum : few_sums) sum = 0;
       }
       write_channels(call, v, output, index, at, lane, gains, few_sums, raw_out);
-    } else if (kSmall || work.per_lane == kFewChannels) {
-      write_row<kFewChannels>(call, v, output, index, at, lane, gains, row_sums, raw_out);
-    } else if (work.per_lane == 2) {
+    } else if (per_lane() == 4) {
+      write_row<4>(call, v, output, index, at, lane, gains, row_sums, raw_out);
+    } else if (per_lane() == 2) {
       write_row<2>(call, v, output, index, at, lane, gains, row_sums, raw_out);
-    } else if (work.per_lane == 8) {
+    } else if (per_lane() == 8) {
       write_row<8>(call, v, output, index, at, lane, gains, row_sums, raw_out);
     } else {
       write_any_row(call, v, output, index, at, lane, gains, row_sums, sums, raw_out);
@@ -1110,14 +1119,14 @@ int launch_finish_kernel(const AttentionCall &call, const SideParams &v, const O
                     int64_t{grid.x} * grid.y * grid.z > 2 * call.blocks;
   const int warps = many ? kFewWarps : kFinishWarps;
   FinishWork work = divide_work(call.head_dim_k, call.head_dim_v, element_bytes(call), raw_tokens, kRawRows, block_rows,
-                                warps, call.splits > call.page_splits);
+                                warps, reads_new(call));
   // With a fixed split of the segment's rows, because what is taken together decides about the bits of sums.
   const int lane_rows = call.split_tiles == 0 ? block_rows : std::min(rows, kMaxRows);
   for (work.log2_lanes = 5; lane_rows << work.log2_lanes > 32;) --work.log2_lanes;
   work.per_lane = channels_per_lane(v);
   auto kernel = attention_finish_kernel<kRawRows, kFew>;
   if constexpr (kFew > 0) {
-    const bool is_small = many && work.per_lane == kFewChannels && call.splits == call.page_splits;
+    const bool is_small = many && work.per_lane == kFewChannels && !reads_new(call);
     if (is_small) kernel = attention_finish_kernel<kRawRows, kFewLoads>;
   }
   return launch_dependent(kernel, grid, unsigned(32 * warps), work.bytes, stream, call, v, output, work);
@@ -1139,7 +1148,7 @@ int launch_attention_finish(const AttentionCall &call, const SideParams &v, floa
   if (call.num_seqs == 0) return 0;
   const Output output{merged, raw};
   const int rows = call.block_tokens * call.block_heads;
-  if (call.exact.base == nullptr && (call.k_new.data == nullptr || call.splits > call.page_splits)) {
+  if (call.exact.base == nullptr && (call.k_new.data == nullptr || reads_new(call))) {
     // Where segments have many parts on average the kernel that does not ask how many is faster.
     if (call.direct == 0 || call.max_segments * kFewParts < call.blocks) {
       return launch_finish_kernel<0>(call, v, output, stream);

@@ -102,6 +102,8 @@ TEST_CASE("many sequences of unequal lengths") {
     const int64_t columns = 160;
     const auto scenario = plain_scenario(random, target, config, 16, {0}, columns);
     Scenario &s = *scenario;
+    // With 132 multiprocessors more than two pairs of a sequence and a kv head for each; and one, several and many partial
+    // results of a pair.
     s.call.lengths = {0, 300, 800, 2500};
     while (s.call.lengths.size() < 68) s.call.lengths.push_back(int32_t(std::pow(64, random.uniform(0, 1))));
     std::shuffle(s.call.lengths.begin(), s.call.lengths.end(), random.engine());
